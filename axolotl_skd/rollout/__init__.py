@@ -1,0 +1,1 @@
+"""Rollouts: proposing, verifying and replacing tokens. Knows torch and transformers, not Axolotl."""

@@ -1,0 +1,189 @@
+"""A uniform view of a Hugging Face causal LM: decoder, head, cached forward, rollout mode.
+
+Legend: B rows, Q tokens fed per row, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from axolotl_skd.rollout.attention import additive, visible_slots
+from axolotl_skd.rollout.cache import SlotCache
+
+# Attention implementations that take a 4-D mask, and whether the mask is boolean.
+_MASKED_ATTENTION = {"sdpa": True, "eager": False}
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose forward this package cannot reproduce exactly."""
+
+
+class LanguageModel(Protocol):
+    """What the engine needs of a model; tests put hand-written stubs in its place."""
+
+    device: torch.device
+
+    def new_cache(self, num_slots: int) -> Any:
+        """An empty cache with `place`-able slots and `keep_rows(index)`."""
+
+    def forward(self, ids: Tensor, positions: Tensor, cache: Any, longest: int) -> Tensor:
+        """ids, positions int64 [B, Q]; `longest` >= positions.max() + 1 -> hidden [B, Q, H]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> raw logits [..., V] of the vocabulary that both models share."""
+
+
+class Head:
+    """From the last hidden state to raw logits: `lm_head` and what the architecture does behind it.
+
+    Equivalent to `cap(scale * (hidden @ weight.T + bias))[..., :vocab_size]`; scale is Cohere's
+    `logit_scale` or the inverse of Granite's `logits_scaling`, cap is Gemma's tanh softcap.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
+        """
+        Args:
+            model: the causal LM.
+            vocab_size: keep the first `vocab_size` logits (the vocabulary both models share).
+        """
+        config = model.config.get_text_config()
+        self.module: nn.Module = model.get_output_embeddings()
+        self.full_vocab_size: int = self.module.weight.shape[0]
+        self.vocab_size = vocab_size or self.full_vocab_size
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0)
+        self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V]"""
+        logits = self.module(hidden)[..., : self.vocab_size]
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+class CausalLM:
+    """A `LanguageModel` on a stock, unpatched Hugging Face causal LM (or a PEFT model's base)."""
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
+        """
+        Args:
+            model: a causal LM with a position-addressed KV cache.
+            vocab_size: size of the shared vocabulary, default the model's own.
+        """
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.decoder = model.get_decoder()
+        self.head = Head(model, vocab_size)
+        layer_types = getattr(self.config, "layer_types", None)
+        self._layer_types: frozenset[str] | None = layer_types and frozenset(layer_types)
+        self._window: int | None = getattr(self.config, "sliding_window", None)
+        unknown = (self._layer_types or frozenset()) - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has layers of type {sorted(unknown)}; a rollout needs a "
+                "position-addressed KV cache in every layer (full_attention or sliding_attention). "
+                "Use an attention-only model as base_model / distillation.teacher.base_model."
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.module.weight.device
+
+    def new_cache(self, num_slots: int) -> SlotCache:
+        return SlotCache(self.config.num_hidden_layers, num_slots)
+
+    def forward(self, ids: Tensor, positions: Tensor, cache: SlotCache, longest: int) -> Tensor:
+        view = cache.place(positions, longest)
+        return self.decoder(
+            input_ids=ids,
+            attention_mask=self._attention_mask(positions, view),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden)
+
+    def _attention_mask(self, positions: Tensor, view: int) -> Tensor | dict[str, Tensor]:
+        implementation = self.config._attn_implementation
+        if implementation not in _MASKED_ATTENTION:
+            raise UnsupportedModelError(
+                f"attn_implementation {implementation!r} takes no 4-D mask, which ragged rollouts "
+                f"need. Set attn_implementation to one of {sorted(_MASKED_ATTENTION)} "
+                "(sdpa_attention: true, or distillation.teacher.attn_implementation: sdpa)."
+            )
+
+        def mask(window: int | None) -> Tensor:
+            visible = visible_slots(positions, view, window)
+            if _MASKED_ATTENTION[implementation]:
+                return visible
+            return additive(visible, self.model.dtype)
+
+        if self._layer_types is None:
+            return mask(self._window)
+        windows = {"full_attention": None, "sliding_attention": self._window}
+        return {kind: mask(windows[kind]) for kind in self._layer_types}
+
+
+@contextmanager
+def rollout_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients inside; every module's own training flag is restored after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def probe(lm: CausalLM, name: str, num_tokens: int = 12) -> None:
+    """Check on a few tokens that decoder + cache + head equal the model's own forward.
+
+    The cached path is fed in three pieces (a prompt, one token, the rest), with stale slots between.
+
+    Args:
+        lm: the model in evaluation mode.
+        name: how to call it in the error.
+        num_tokens: tokens to try.
+
+    Raises:
+        UnsupportedModelError: the two disagree by more than the rounding of the model's dtype.
+    """
+    ids = (torch.arange(2 * num_tokens, device=lm.device) % lm.head.vocab_size).view(2, -1)
+    logits = lm.model(input_ids=ids, use_cache=False).logits[..., : lm.head.vocab_size]
+    expected = logits.float()
+    positions = torch.arange(num_tokens, device=lm.device).expand(2, -1)
+    cache = lm.new_cache(num_tokens)
+    cut = num_tokens // 3
+
+    def feed(start: int, stop: int, tokens: Tensor = ids) -> Tensor:
+        part = slice(start, stop)
+        return lm.forward(tokens[:, part], positions[:, part], cache, stop)
+
+    prompt = feed(0, cut)
+    feed(cut, cut + 3, ids.flip(1))  # a rejected proposal, overwritten below
+    hidden = torch.cat([prompt, feed(cut, cut + 1), feed(cut + 1, num_tokens)], dim=1)
+    got = lm.logits(hidden).float()
+    scale = expected.abs().max().clamp(min=1.0)
+    error = float((got - expected).abs().max() / scale)
+    tolerance = 50 * torch.finfo(logits.dtype).eps
+    if not error <= tolerance:
+        raise UnsupportedModelError(
+            f"{name}: {type(lm.model).__name__} does not give the same logits through its decoder, "
+            f"KV cache and head as through its own forward (relative difference {error:.1e}, allowed "
+            f"{tolerance:.1e}). Its architecture does something in between that this package does "
+            "not know; choose another base_model / distillation.teacher.base_model."
+        )

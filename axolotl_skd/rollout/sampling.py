@@ -1,0 +1,153 @@
+"""Keyed random numbers, nucleus sampling and the top-K acceptance test: pure functions.
+
+Every random number is a hash of (seed, epoch, sample, rollout index, position, role). A token then
+depends on the committed prefix and its key alone: the draft length, the other rows of the batch, the
+cache and the number of ranks cannot change it.
+
+Legend: B rows, N any number of positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+# splitmix64 (Steele, Lea, Flood 2014): increment and multipliers, as signed 64-bit integers.
+_INCREMENT = -0x61C8864680B583EB
+_MULTIPLIER_1 = -0x40A7B892E31B1A47
+_MULTIPLIER_2 = -0x6B2FB644ECCEEE15
+
+# A nucleus of this many tokens is found without sorting the vocabulary.
+SHORTLIST = 128
+
+
+class Role(IntEnum):
+    """What a random number is for. The values are part of the stream: never renumber."""
+
+    STUDENT = 0
+    TEACHER = 1
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical (unsigned) right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MULTIPLIER_1
+    x = (x ^ _shift_right(x, 27)) * _MULTIPLIER_2
+    return x ^ _shift_right(x, 31)
+
+
+def _fold(state: Tensor, value: Tensor | int) -> Tensor:
+    """Absorb one more component of the key; integer overflow wraps by design."""
+    return _mix(
+        (state ^ _mix(torch.as_tensor(value, device=state.device) + _INCREMENT)) + _INCREMENT
+    )
+
+
+def row_streams(seed: int, epoch: int, sample_ids: Tensor, rollout_index: int = 0) -> Tensor:
+    """One random stream per row.
+
+    Args:
+        seed: the run's seed.
+        epoch: index of the epoch; a sample is rolled out anew in each.
+        sample_ids: int64 [B], what identifies the row of the data set.
+        rollout_index: which of several rollouts of the same prompt.
+
+    Returns:
+        int64 [B]
+    """
+    state = torch.zeros_like(sample_ids)
+    for component in (seed, epoch, sample_ids, rollout_index):
+        state = _fold(state, component)
+    return state
+
+
+def keyed_uniform(streams: Tensor, positions: Tensor, role: Role) -> Tensor:
+    """Uniform numbers in [0, 1), a pure function of their key.
+
+    Args:
+        streams: int64, from `row_streams`.
+        positions: int64, broadcastable to `streams`: absolute position of the token to be sampled.
+        role: what the number is for.
+
+    Returns:
+        float64, of the broadcast shape, multiples of 2^-53.
+    """
+    streams, positions = torch.broadcast_tensors(streams, positions)
+    bits = _fold(_fold(streams, positions), int(role))
+    return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
+
+
+def sample_top_p(
+    logits: Tensor, temperature: float, top_p: float, uniforms: Tensor, shortlist: int = SHORTLIST
+) -> Tensor:
+    """Inverse-CDF sampling from the tempered nucleus.
+
+    The order is (probability descending, id ascending) for every `top_p`, the nucleus is the smallest
+    prefix of it with mass >= `top_p` (the crossing token included), sums are in float64. Only a
+    shortlist of the vocabulary is sorted; it widens until it provably holds the sampled token.
+
+    Args:
+        logits: [N, V], any float dtype.
+        temperature: > 0, divides the logits.
+        top_p: in (0, 1].
+        uniforms: float64 [N] in [0, 1).
+        shortlist: tokens looked at first.
+
+    Returns:
+        int64 [N]
+    """
+    vocab_size = logits.shape[-1]
+    scaled = logits.double() / temperature
+    log_total = torch.logsumexp(scaled, dim=-1, keepdim=True)
+    width = min(shortlist, vocab_size)
+    while True:
+        values, ids = _descending(scaled, width)
+        cumulative = (values - log_total).exp().cumsum(dim=-1)
+        if width == vocab_size:
+            break
+        # Tokens tied with the last one may have been left out, so only what is strictly above it is
+        # known to be in its final place.
+        settled = values > values[:, -1:]
+        mass = torch.where(settled, cumulative, 0.0).amax(dim=-1)
+        reach = mass >= top_p if top_p < 1 else mass > uniforms
+        if bool(reach.all()):
+            break
+        width = min(width * 8, vocab_size)
+    before = torch.cat([torch.zeros_like(cumulative[:, :1]), cumulative[:, :-1]], dim=-1)
+    inside = (before < top_p) & (values > -torch.inf)
+    last = inside.sum(dim=-1, keepdim=True) - 1  # index of the crossing token
+    total = cumulative.gather(-1, last) if top_p < 1 else torch.ones_like(log_total)
+    index = (cumulative <= uniforms[:, None] * total).sum(dim=-1, keepdim=True)
+    return ids.gather(-1, torch.minimum(index, last)).squeeze(-1)
+
+
+def _descending(scaled: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest per row, value descending, ties by ascending id: ([N, width], int64 ids)."""
+    if width == scaled.shape[-1]:
+        return torch.sort(scaled, dim=-1, descending=True, stable=True)
+    ids = scaled.topk(width, dim=-1, sorted=False).indices.sort(dim=-1).values
+    values, order = torch.sort(scaled.gather(-1, ids), dim=-1, descending=True, stable=True)
+    return values, ids.gather(-1, order)
+
+
+def top_k_accept_mask(logits: Tensor, token_ids: Tensor, top_k: int) -> Tensor:
+    """SKD's acceptance test: is the token among the `top_k` of the raw logits?
+
+    A token passes iff fewer than `top_k` logits are strictly greater than its own, so tokens tied at
+    rank K all pass.
+
+    Args:
+        logits: [..., V], neither tempered nor filtered.
+        token_ids: int64 [...].
+        top_k: K >= 1.
+
+    Returns:
+        bool [...]
+    """
+    own = logits.gather(-1, token_ids.unsqueeze(-1))
+    return (logits > own).sum(dim=-1, dtype=torch.int32) < top_k
