@@ -1,0 +1,166 @@
+"""Putting a run together: teacher, views of both models, completion source, start line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from axolotl_skd.config import Distillation
+from axolotl_skd.preflight import ConfigConflictError, Preflight, check_top_k, sampling_params
+from axolotl_skd.rollout.engine import RolloutEngine
+from axolotl_skd.rollout.lm import CausalLM, probe, rollout_mode
+from axolotl_skd.rollout.types import SamplingParams, Source
+from axolotl_skd.sources import CompletionSource, DatasetSource, RolloutSource
+from axolotl_skd.teacher import load_teacher
+from axolotl_skd.trainer import DistillationTrainer, Distiller, base_causal_lm
+from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
+
+
+def assemble(
+    trainer: DistillationTrainer,
+    distillation: Distillation,
+    preflight: Preflight,
+    seed: int,
+) -> str:
+    """Load the teacher and attach it and the completion source to a trainer.
+
+    Args:
+        trainer: fresh from Axolotl's builder.
+        distillation: the typed config block.
+        preflight: what the checks before loading found.
+        seed: Axolotl's, used where the block has none.
+
+    Returns:
+        the description for the start line.
+
+    Raises:
+        ConfigConflictError, teacher.TeacherError, rollout.lm.UnsupportedModelError,
+        vocabulary.VocabularyError
+    """
+    _refuse_lonely_ranks(trainer.accelerator.num_processes)
+    student_model = base_causal_lm(trainer.accelerator.unwrap_model(trainer.model))
+    _refuse_wrapped_head(student_model)
+    teacher_model, shared = None, None
+    if distillation.method_row.needs_teacher:
+        teacher_model = load_teacher(distillation.teacher, trainer.args.device)
+        shared = share_vocabulary(
+            preflight.student_vocab,
+            preflight.teacher_vocab,
+            CausalLM(student_model).head.vocab_size,
+            CausalLM(teacher_model).head.vocab_size,
+        )
+        check_top_k(distillation, shared)
+    vocab_size = None if shared is None else shared.size
+    student = CausalLM(student_model, vocab_size)
+    teacher = None if teacher_model is None else CausalLM(teacher_model, vocab_size)
+    with rollout_mode(student_model), trainer.accelerator.autocast():
+        probe(student, "base_model")
+        if teacher is not None:
+            probe(teacher, "distillation.teacher.base_model")
+
+    params = sampling_params(distillation, preflight.stop_token_ids)
+    trainer.attach(
+        Distiller(
+            source=_source(trainer, distillation, params, student, teacher, seed),
+            student=student,
+            teacher=teacher,
+        )
+    )
+    return _description(trainer.processing_class, distillation, params, student, teacher, shared)
+
+
+def _source(
+    trainer: DistillationTrainer,
+    distillation: Distillation,
+    params: SamplingParams,
+    student: CausalLM,
+    teacher: CausalLM | None,
+    seed: int,
+) -> CompletionSource:
+    method = distillation.method_row
+    if not method.rolls_out:
+        return DatasetSource()
+    engine = RolloutEngine(student, teacher)
+    samplers = {
+        Source.INTERLEAVED: engine.interleave,
+        Source.STUDENT: engine.sample_student,
+        Source.TEACHER: engine.sample_teacher,
+    }
+    collator = trainer.train_data_collator
+    return RolloutSource(
+        samplers[method.source],
+        params,
+        max_new_tokens=distillation.rollout.max_new_tokens,
+        seed=seed if distillation.seed is None else distillation.seed,
+        pad_token_id=collator.pad_token_id,
+        pad_to_multiple_of=collator.pad_to_multiple_of,
+    )
+
+
+def _refuse_wrapped_head(model: nn.Module) -> None:
+    head = model.get_output_embeddings()
+    if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        raise ConfigConflictError(
+            f"the student's output head is wrapped by {type(head).__name__}, but the distillation "
+            "loss applies the head by itself. Take lm_head (and, with tied embeddings, embed_tokens) "
+            "out of lora_target_modules / lora_modules_to_save."
+        )
+
+
+def _description(
+    tokenizer: PreTrainedTokenizerBase,
+    distillation: Distillation,
+    params: SamplingParams,
+    student: CausalLM,
+    teacher: CausalLM | None,
+    shared: SharedVocabulary | None,
+) -> str:
+    parts: dict[str, Any] = {
+        "method": f"{distillation.method} ({distillation.method_row.summary})",
+        "student": _parameters(student.model),
+    }
+    if teacher is not None:
+        parts["teacher"] = f"{distillation.teacher.base_model}, {_parameters(teacher.model)}"
+        parts["vocabulary"] = shared
+    if distillation.method_row.rolls_out:
+        stops = tokenizer.convert_ids_to_tokens(list(params.stop_token_ids))
+        parts["stop set"] = dict(zip(params.stop_token_ids, stops, strict=True))
+        parts["rollout"] = _settings(distillation)
+    return "; ".join(f"{name}: {value}" for name, value in parts.items())
+
+
+def _settings(distillation: Distillation) -> str:
+    settings: Mapping[str, Any] = distillation.rollout.model_dump(exclude={"stop_token_ids"})
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
+def _parameters(model: nn.Module) -> str:
+    """Parameter counts; bitsandbytes packs several 4-bit weights into one stored element."""
+    total = model.num_parameters()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    frozen = "frozen" if trainable == 0 else f"{trainable:,} trainable"
+    return f"{total:,} parameters ({frozen}, {dtype})"
+
+
+def on_cpu() -> bool:
+    """Is there no accelerator, so that everything has to be told to run on the CPU?"""
+    return not torch.accelerator.is_available()
+
+
+def _refuse_lonely_ranks(num_processes: int) -> None:
+    """Several launched ranks of which each believes to be the only one would train apart."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != num_processes:
+        raise ConfigConflictError(
+            f"{launched} ranks were launched, but each sees {num_processes}: they would train "
+            "independently of each other. On CPU ranks set ACCELERATE_USE_CPU=true in the "
+            "environment; otherwise check the launcher and its rendezvous."
+        )

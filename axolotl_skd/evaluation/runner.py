@@ -1,0 +1,215 @@
+"""Running the bundled lm-eval tasks on a saved model, in a process of their own.
+
+A child process, because lm-eval loads the model anew, brings its own seeds and logging, and must
+not see the distributed job that it is started from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from axolotl_skd.evaluation.tasks import check_tasks
+from axolotl_skd.resources import resource_path
+
+LOG = logging.getLogger(__name__)
+
+_TAIL_LINES = 20
+
+# Set by torchrun, accelerate, deepspeed and MPI for each of their workers.
+_LAUNCHER_VARIABLES = frozenset(
+    {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "GROUP_WORLD_SIZE",
+        "ROLE_NAME",
+        "ROLE_RANK",
+        "ROLE_WORLD_SIZE",
+        "CROSS_RANK",
+        "CROSS_SIZE",
+        "LOCAL_SIZE",
+        "NODE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "FORK_LAUNCHED",
+    }
+)
+_LAUNCHER_PREFIXES = (
+    "TORCHELASTIC_",
+    "ACCELERATE_",
+    "FSDP_",
+    "MEGATRON_LM_",
+    "PARALLELISM_CONFIG_",
+    "OMPI_COMM_WORLD_",
+    "PMI_",
+    "PMIX_",
+    "MV2_COMM_WORLD_",
+)
+
+
+class EvaluationError(RuntimeError):
+    """An evaluation that did not finish: lm-eval's last lines and the command to run it again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalModel:
+    """A saved model as lm-eval's Hugging Face backend loads it.
+
+    Attributes:
+        base_model: folder or hub id of the full model.
+        device: a torch device, e.g. `"cuda:0"` or `"cpu"`.
+        adapter: folder or hub id of a PEFT adapter on top of it.
+        tokenizer: folder or hub id of the tokenizer; None = the base model's.
+        dtype: torch dtype of the weights by name; `"auto"` = as saved.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    base_model: str
+    device: str
+    adapter: str | None = None
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+
+def lm_eval_command(
+    model: EvalModel,
+    *,
+    tasks: Sequence[str],
+    output_dir: Path,
+    limit: int | float | None = None,
+    batch_size: int | str = 8,
+    apply_chat_template: bool = True,
+) -> list[str]:
+    """The command line that evaluates `model` on bundled `tasks`.
+
+    Args:
+        model: what to load.
+        tasks: names of bundled tasks.
+        output_dir: folder that receives `results_<time>.json`; made if it is not there.
+        limit: first rows per task, or their share if below 1; None = all rows.
+        batch_size: rows per generation batch, or lm-eval's `"auto"`.
+        apply_chat_template: wrap each question with the tokenizer's chat template.
+    """
+    command = [sys.executable, "-m", "lm_eval", "run"]
+    # As JSON, because in the key=value form a comma or brace in a path ends the value, and a model
+    # named by a number becomes one.
+    command += ["--model", "hf", "--model_args", json.dumps(_model_args(model))]
+    command += ["--include_path", str(resource_path("evals")), "--tasks", ",".join(tasks)]
+    command += ["--device", model.device, "--batch_size", str(batch_size)]
+    # Named as a file: in a bare folder lm-eval makes a subfolder from the model's whole path, and
+    # when that name is too long for the file system it only warns and saves nothing.
+    command += ["--output_path", str(output_dir / "results.json")]
+    if limit is not None:
+        command += ["--limit", str(limit)]
+    if apply_chat_template:
+        command.append("--apply_chat_template")
+    return command
+
+
+def _model_args(model: EvalModel) -> dict[str, Any]:
+    optional = {"peft": model.adapter, "tokenizer": model.tokenizer}
+    return {
+        "pretrained": model.base_model,
+        **{key: value for key, value in optional.items() if value is not None},
+        "dtype": model.dtype,
+        **({"trust_remote_code": True} if model.trust_remote_code else {}),
+    }
+
+
+def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` without a distributed launcher's variables, or a child would wait for peers."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
+
+
+def run_tasks(
+    model: EvalModel,
+    *,
+    tasks: Sequence[str],
+    limit: int | float | None = None,
+    batch_size: int | str = 8,
+    apply_chat_template: bool = True,
+) -> dict[str, dict[str, float]]:
+    """Evaluate `model` on bundled `tasks` and wait for the result.
+
+    The child needs memory for a model of its own on `model.device`. In a distributed job call this
+    on one rank only. Arguments are those of `lm_eval_command`.
+
+    Returns:
+        `{task: {metric: value}}`, e.g. `{"skd_tiny_arithmetic": {"acc": 0.4, "acc_stderr": 0.02}}`.
+
+    Raises:
+        ValueError: for a task that is not bundled.
+        EvaluationError: if lm-eval fails or leaves no results.
+    """
+    check_tasks(tasks)
+    with tempfile.TemporaryDirectory(prefix="axolotl_skd_eval_") as folder:
+        command = lm_eval_command(
+            model,
+            tasks=tasks,
+            output_dir=Path(folder),
+            limit=limit,
+            batch_size=batch_size,
+            apply_chat_template=apply_chat_template,
+        )
+        LOG.info("evaluating on %s: %s", ", ".join(tasks), shlex.join(command))
+        child = subprocess.run(
+            command,
+            env=child_environment(os.environ) | {"PYTHONIOENCODING": "utf-8"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
+        written = sorted(Path(folder).glob("results_*.json"))
+        # lm-eval exits with 0 when it could not save its results.
+        if child.returncode != 0 or not written:
+            raise EvaluationError(_failure(child, command))
+        return _plain_metrics(json.loads(written[-1].read_text(encoding="utf-8"))["results"])
+
+
+def _cause(returncode: int) -> str:
+    if returncode < 0:
+        return f"killed by signal {-returncode}; 9 often means out of memory"
+    return f"exit code {returncode}" if returncode else "no results were written"
+
+
+def _failure(child: subprocess.CompletedProcess[str], command: Iterable[str]) -> str:
+    tail = "\n".join(f"    {line}" for line in child.stdout.splitlines()[-_TAIL_LINES:])
+    return (
+        f"lm-eval failed ({_cause(child.returncode)}). Its last lines:\n{tail}\n"
+        f"To run it again:\n{shlex.join(command)}"
+    )
+
+
+def _plain_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """lm-eval's `{"acc,none": 0.4, "acc_stderr,none": "N/A", "alias": ...}` as plain numbers.
+
+    The part after the comma is the filter's name; bundled tasks use one filter.
+    """
+    return {
+        task: {
+            key.partition(",")[0]: float(value)
+            for key, value in entries.items()
+            if "," in key and isinstance(value, int | float)
+        }
+        for task, entries in results.items()
+    }

@@ -1,0 +1,56 @@
+"""The names of the bundled lm-eval tasks, read from their YAML files without importing lm_eval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+import yaml
+
+from axolotl_skd.resources import resource_path
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """A safe loader that reads lm-eval's `!function module.name` as plain text."""
+
+
+_TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: loader.construct_scalar(node))
+
+
+def available_tasks() -> list[str]:
+    """The sorted names of the tasks under `evals/`.
+
+    Raises:
+        FileNotFoundError: if the bundled folder is missing.
+    """
+    configs = (
+        yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
+        for path in resource_path("evals").rglob("*.yaml")
+    )
+    # A group's `task:` is a list of names, not a name.
+    return sorted(
+        config["task"]
+        for config in configs
+        if isinstance(config, dict) and isinstance(config.get("task"), str)
+    )
+
+
+def check_tasks(names: Iterable[str]) -> None:
+    """Refuse task names that are not bundled.
+
+    Raises:
+        ValueError: naming each unknown task with the nearest known ones.
+    """
+    known = available_tasks()
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"unknown evaluation task{'s' if len(unknown) > 1 else ''}: "
+            + "; ".join(_with_suggestion(name, known) for name in unknown)
+            + f". Available: {', '.join(known) or 'none'}."
+        )
+
+
+def _with_suggestion(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known)
+    return f"{name!r}" + (f" (did you mean {' or '.join(map(repr, near))}?)" if near else "")

@@ -1,0 +1,1 @@
+"""What the student learns from: divergences and their fused, chunked evaluation."""

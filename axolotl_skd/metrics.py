@@ -1,0 +1,73 @@
+"""Counters of the log lines: every value is a sum over a count, reduced over ranks as such."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from axolotl_skd.rollout.types import FinishReason, Rollout, Source
+
+Ratio = tuple[float, float]
+"""(sum, count)"""
+
+
+@dataclass
+class Counters:
+    """Ratios by name, accumulated between two log lines."""
+
+    _totals: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, ratios: Mapping[str, Ratio]) -> None:
+        for name, (total, count) in ratios.items():
+            entry = self._totals.setdefault(name, [0.0, 0.0])
+            entry[0] += total
+            entry[1] += count
+
+    def pop(self, reduce_sum: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+        """The values over all ranks, and start anew.
+
+        Args:
+            reduce_sum: sums a tensor over ranks. All ranks must hold the same names.
+            device: where that tensor has to be.
+        """
+        names = sorted(self._totals)
+        if not names:
+            return {}
+        local = torch.tensor([self._totals[name] for name in names], device=device)
+        self._totals.clear()
+        totals = reduce_sum(local).tolist()
+        return {
+            name: total / count
+            for name, (total, count) in zip(names, totals, strict=True)
+            if count > 0
+        }
+
+
+def rollout_metrics(rollout: Rollout, seconds: float) -> dict[str, Ratio]:
+    """What a rollout says of itself.
+
+    Without a bonus token every committed token of an interleaved rollout is one verified proposal,
+    kept or replaced; proposals behind the first rejected one are never verified.
+
+    Args:
+        rollout: of one accumulation window.
+        seconds: wall-clock time that it took on this rank.
+    """
+    rows = len(rollout.finish_reasons)
+    tokens = int(rollout.completion_mask.sum())
+    metrics = {
+        "rollout/length": (tokens, rows),
+        "rollout/truncated_share": (
+            int((rollout.finish_reasons == FinishReason.LENGTH).sum()),
+            rows,
+        ),
+        "rollout/tokens_per_second": (tokens, seconds),
+        "rollout/seconds": (seconds, 1),
+    }
+    if rollout.source is Source.INTERLEAVED:
+        metrics["skd/acceptance_rate"] = (int(rollout.accepted_mask.sum()), tokens)
+        metrics["rollout/draft_efficiency"] = (tokens, int(rollout.num_proposed.sum()))
+    return metrics

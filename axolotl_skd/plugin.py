@@ -1,0 +1,86 @@
+"""The Axolotl hooks of `plugins: [axolotl_skd.SKDPlugin]`, in the order in which they are called.
+
+Without a `distillation:` block every hook leaves the run as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from axolotl.common.datasets import TrainDatasetMeta, load_datasets
+from axolotl.integrations.base import BasePlugin
+from axolotl.loaders import load_tokenizer
+from axolotl.utils.dict import DictDefault
+
+from axolotl_skd.assembly import assemble, on_cpu
+from axolotl_skd.before_after import evaluate_end, evaluate_start
+from axolotl_skd.callbacks import StartLineCallback
+from axolotl_skd.config import read_distillation
+from axolotl_skd.data import DistillationCollator, checked_datasets
+from axolotl_skd.evaluation.tasks import check_tasks
+from axolotl_skd.preflight import check_models, check_settings, restating_dropped_rows
+from axolotl_skd.trainer import DistillationTrainer, trainer_type
+
+
+class SKDPlugin(BasePlugin):
+    """Speculative Knowledge Distillation and its baselines as Axolotl trainer types."""
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        if cfg.get("distillation") is not None and on_cpu() and not cfg.get("deepspeed"):
+            # Without it accelerate lets several CPU ranks train independently of each other.
+            os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+    def get_input_args(self) -> str:
+        return "axolotl_skd.config.DistillationArgs"
+
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> TrainDatasetMeta | None:
+        distillation = read_distillation(cfg)
+        if distillation is None:
+            return None
+        check_settings(cfg, distillation)
+        if distillation.eval is not None:
+            check_tasks(distillation.eval.tasks)
+        tokenizer = load_tokenizer(cfg)
+        preflight = check_models(cfg, distillation, tokenizer)
+        if preprocess:
+            return None
+        if on_cpu():
+            cfg.device_map = {"": "cpu"}  # Axolotl maps ranks to accelerators
+        with restating_dropped_rows(cfg.sequence_len):
+            meta = load_datasets(cfg=cfg)
+        meta = checked_datasets(cfg, meta, distillation, preflight.stop_token_ids)
+        if distillation.eval is not None:
+            evaluate_start(cfg, distillation.eval, tokenizer)
+        return meta
+
+    def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
+        if read_distillation(cfg) is None:
+            return None
+        # The loss is normalised by the tokens of all ranks (trainer.compute_loss).
+        arguments: dict[str, Any] = {"average_tokens_across_devices": True}
+        if on_cpu():
+            arguments["use_cpu"] = True
+        return arguments
+
+    def get_trainer_cls(self, cfg: DictDefault) -> type[DistillationTrainer] | None:
+        distillation = read_distillation(cfg)
+        return None if distillation is None else trainer_type(distillation.method)
+
+    def get_collator_cls_and_kwargs(
+        self, cfg: DictDefault, is_eval: bool = False
+    ) -> tuple[type[DistillationCollator], dict[str, Any]] | None:
+        return None if read_distillation(cfg) is None else (DistillationCollator, {})
+
+    def post_trainer_create(self, cfg: DictDefault, trainer: DistillationTrainer) -> None:
+        distillation = read_distillation(cfg)
+        if distillation is None:
+            return
+        preflight = check_models(cfg, distillation, trainer.processing_class)
+        description = assemble(trainer, distillation, preflight, seed=cfg.seed or 0)
+        trainer.add_callback(StartLineCallback(description))
+
+    def post_train_unload(self, cfg: DictDefault) -> None:
+        distillation = read_distillation(cfg)
+        if distillation is not None and distillation.eval is not None:
+            evaluate_end(cfg, distillation.eval)

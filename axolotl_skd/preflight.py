@@ -1,0 +1,266 @@
+"""Everything that can be known to be wrong before a model is loaded.
+
+Each refusal says what was got, what is needed, what to do, and names the YAML key.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from axolotl.utils.logging import get_logger
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from axolotl_skd.config import Distillation
+from axolotl_skd.rollout.types import SamplingParams
+from axolotl_skd.teacher import read_teacher_config, read_teacher_tokenizer
+from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
+
+LOG = get_logger(__name__)
+
+
+class ConfigConflictError(ValueError):
+    """Settings that contradict each other or that distillation cannot honour."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What the checks found out, for those who load and train.
+
+    Attributes:
+        stop_token_ids: the stop set, ascending.
+        student_vocab, teacher_vocab: token -> id; the teacher's is None for methods without one.
+    """
+
+    stop_token_ids: tuple[int, ...]
+    student_vocab: Mapping[str, int]
+    teacher_vocab: Mapping[str, int] | None
+
+
+def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
+    """Refuse Axolotl settings that distillation cannot honour.
+
+    Raises:
+        ConfigConflictError
+    """
+    if cfg.get("rl"):
+        raise ConfigConflictError(
+            f"rl: {cfg['rl']} selects another trainer, and distillation would be ignored. Remove rl:, "
+            "or remove the distillation: block."
+        )
+    if cfg.get("sample_packing") or cfg.get("eval_sample_packing"):
+        raise ConfigConflictError(
+            "sample_packing: true packs several rows into one sequence, while every row is rolled "
+            "out from its own prompt. Set sample_packing: false (and eval_sample_packing: false)."
+        )
+    if cfg.get("streaming") or cfg.get("pretraining_dataset"):
+        raise ConfigConflictError(
+            "streaming / pretraining_dataset give rows without prompts and without a length. Use "
+            "datasets: with a chat or instruction format."
+        )
+    for key in ("context_parallel_size", "tensor_parallel_size"):
+        if (cfg.get(key) or 1) > 1:
+            raise ConfigConflictError(
+                f"{key}: {cfg[key]} splits a sequence or a layer over devices, which rollouts do not "
+                f"support. Set {key}: 1."
+            )
+    for key in ("deepspeed", "fsdp", "fsdp_config"):
+        if cfg.get(key):
+            raise ConfigConflictError(
+                f"{key}: shards the student, and rollouts from a sharded student are not supported "
+                f"yet. Remove {key}: plain data parallelism (several ranks, one teacher each) works."
+            )
+    _check_attention(cfg)
+    _check_head_is_plain(cfg)
+    if distillation.method_row.needs_teacher and _same_model(
+        cfg["base_model"], distillation.teacher.base_model
+    ):
+        LOG.warning(
+            "distillation.teacher.base_model and base_model are the same (%s): this is "
+            "self-distillation from a frozen copy.",
+            cfg["base_model"],
+        )
+
+
+def _check_attention(cfg: Mapping[str, Any]) -> None:
+    implementation = cfg.get("attn_implementation")
+    if implementation not in (None, "sdpa", "eager"):
+        raise ConfigConflictError(
+            f"attn_implementation: {implementation} takes no 4-D mask, which ragged rollouts need. "
+            "Set attn_implementation: sdpa (or eager)."
+        )
+
+
+def _check_head_is_plain(cfg: Mapping[str, Any]) -> None:
+    """The loss and the rollout apply the output head themselves, without an adapter around it."""
+    for key in ("lora_target_modules", "lora_modules_to_save"):
+        names = cfg.get(key) or []
+        names = [names] if isinstance(names, str) else names
+        heads = [name for name in names if "lm_head" in name or name == "all-linear"]
+        if heads:
+            raise ConfigConflictError(
+                f"{key}: {heads} adapts or copies the output head, which the distillation loss "
+                f"applies by itself. Remove {heads} from {key} (lora_target_linear: true leaves the "
+                "head out)."
+            )
+    if cfg.get("adapter") not in (None, "lora", "qlora"):
+        raise ConfigConflictError(
+            f"adapter: {cfg['adapter']} changes the student outside its layers, which rollouts do "
+            "not support. Use adapter: lora or qlora, or none."
+        )
+
+
+def _same_model(student: str, teacher: str | None) -> bool:
+    if teacher is None:
+        return False
+    return student == teacher or (
+        os.path.isdir(student) and os.path.isdir(teacher) and os.path.samefile(student, teacher)
+    )
+
+
+def check_models(
+    cfg: Mapping[str, Any], distillation: Distillation, tokenizer: PreTrainedTokenizerBase
+) -> Preflight:
+    """Compare configurations and tokenizers of both models; reads no weights.
+
+    Args:
+        cfg: the Axolotl config.
+        distillation: its typed block.
+        tokenizer: the student's, as Axolotl set it up.
+
+    Raises:
+        ConfigConflictError, teacher.TeacherError, vocabulary.VocabularyError
+    """
+    student = AutoConfig.from_pretrained(
+        cfg.get("base_model_config") or cfg["base_model"],
+        trust_remote_code=bool(cfg.get("trust_remote_code")),
+    )
+    vocab_size = max(student.get_text_config().vocab_size, len(tokenizer))
+    teacher_vocab = None
+    if distillation.method_row.rolls_out:
+        _check_positions("base_model", student, distillation)
+    if distillation.method_row.needs_teacher:
+        teacher = read_teacher_config(distillation.teacher)
+        _check_positions("distillation.teacher.base_model", teacher, distillation)
+        teacher_vocab = read_teacher_tokenizer(distillation.teacher).get_vocab()
+        shared = share_vocabulary(
+            tokenizer.get_vocab(), teacher_vocab, vocab_size, teacher.get_text_config().vocab_size
+        )
+        check_top_k(distillation, shared)
+    return Preflight(
+        stop_token_ids=stop_set(cfg, distillation, tokenizer, vocab_size),
+        student_vocab=tokenizer.get_vocab(),
+        teacher_vocab=teacher_vocab,
+    )
+
+
+def check_top_k(distillation: Distillation, shared: SharedVocabulary) -> None:
+    """K beyond the vocabulary would accept everything, which is another method."""
+    if distillation.rollout.teacher_top_k > shared.size:
+        raise ConfigConflictError(
+            f"distillation.rollout.teacher_top_k is {distillation.rollout.teacher_top_k}, but the "
+            f"shared vocabulary has {shared.size} tokens. Set 1 to {shared.size}; to accept every "
+            "proposal use method: on_policy_kd."
+        )
+
+
+def _check_positions(key: str, config: PreTrainedConfig, distillation: Distillation) -> None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    rollout = distillation.rollout
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    if positions is not None and longest > positions:
+        raise ConfigConflictError(
+            f"distillation.rollout: max_prompt_tokens ({rollout.max_prompt_tokens}) + max_new_tokens "
+            f"({rollout.max_new_tokens}) = {longest}, but {key} has {positions} positions. Lower one "
+            "of the two."
+        )
+
+
+def stop_set(
+    cfg: Mapping[str, Any],
+    distillation: Distillation,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+) -> tuple[int, ...]:
+    """EOS, Axolotl's `eot_tokens` and `rollout.stop_token_ids`, ascending.
+
+    Raises:
+        ConfigConflictError: empty, or an id or token that does not exist.
+    """
+    stops = set(distillation.rollout.stop_token_ids)
+    beyond = [i for i in stops if not 0 <= i < vocab_size]
+    if beyond:
+        raise ConfigConflictError(
+            f"distillation.rollout.stop_token_ids: {beyond} lie outside the vocabulary of "
+            f"{vocab_size} tokens."
+        )
+    vocab = tokenizer.get_vocab()
+    for token in cfg.get("eot_tokens") or []:
+        if token not in vocab:
+            raise ConfigConflictError(
+                f"eot_tokens: {token!r} is no token of the student's tokenizer, so nothing would ever "
+                "stop at it. Name one that is, or add it under tokens:."
+            )
+        stops.add(vocab[token])
+    if tokenizer.eos_token_id is not None:
+        stops.add(tokenizer.eos_token_id)
+    if not stops:
+        raise ConfigConflictError(
+            "the stop set is empty: the tokenizer has no EOS token. Set special_tokens: {eos_token}, "
+            "eot_tokens: or distillation.rollout.stop_token_ids."
+        )
+    return tuple(sorted(stops))
+
+
+def sampling_params(distillation: Distillation, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+    """The engine's view of `distillation.rollout`."""
+    rollout = distillation.rollout
+    return SamplingParams(
+        num_draft_tokens=rollout.num_draft_tokens,
+        teacher_top_k=rollout.teacher_top_k,
+        student_temperature=rollout.student_temperature,
+        student_top_p=rollout.student_top_p,
+        teacher_temperature=rollout.teacher_temperature,
+        teacher_top_p=rollout.teacher_top_p,
+        stop_token_ids=stop_token_ids,
+    )
+
+
+class _DropWatch(logging.Handler):
+    """Collects what Axolotl says about rows that it drops; it keeps no count of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(level=logging.INFO)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message.startswith("Dropped "):
+            self.messages.append(message)
+
+
+@contextmanager
+def restating_dropped_rows(sequence_len: int) -> Iterator[None]:
+    """Say once more, in one warning, which rows Axolotl dropped while data sets were loaded.
+
+    It drops rows whose prompt and completion together exceed `sequence_len`, even where only the
+    prompt is needed, in an INFO line among many.
+    """
+    watch = _DropWatch()
+    logger = logging.getLogger("axolotl.utils.data.utils")
+    logger.addHandler(watch)
+    try:
+        yield
+    finally:
+        logger.removeHandler(watch)
+    for message in watch.messages:
+        LOG.warning(
+            "Axolotl: %s. It counts prompt and completion against sequence_len = %d, also where only "
+            "the prompt is used; raise sequence_len to keep such rows.",
+            message,
+            sequence_len,
+        )

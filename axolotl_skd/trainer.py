@@ -1,0 +1,269 @@
+"""The trainer types: ask the source for completions, the loss for a sum, normalise, log.
+
+Axolotl's trainer keeps all that it does (schedulers, saving, token counts, logging); what
+distillation changes lies *behind* it in the method resolution order, where Hugging Face's `Trainer`
+would answer: `DistillationTrainer -> AxolotlTrainer -> ... -> DistillationCore -> Trainer`.
+
+Legend: B rows, L padded length, N completion tokens of a micro-batch, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from axolotl.core.trainers import AxolotlTrainer
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from axolotl_skd.data import IGNORE_INDEX, SAMPLE_ID_COLUMN
+from axolotl_skd.losses.divergences import cross_entropy, forward_kl
+from axolotl_skd.losses.fused import TeacherTargets, TokenLoss, chunk_size, fused_token_loss
+from axolotl_skd.methods import LossRecipe, Method, get_method
+from axolotl_skd.metrics import Counters
+from axolotl_skd.rollout.lm import CausalLM, rollout_mode
+from axolotl_skd.sources import Batch, CompletionSource
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss that is not a number, before it could reach the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distiller:
+    """All that the trainer needs beside the student it trains.
+
+    Attributes:
+        source: where completions come from.
+        student: view of the unwrapped student.
+        teacher: view of the frozen teacher, None for methods without one.
+    """
+
+    source: CompletionSource
+    student: CausalLM
+    teacher: CausalLM | None
+
+
+def base_causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The causal LM inside an unwrapped student, below PEFT's wrapper (its layers stay in place)."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+class DistillationCore(Trainer):
+    """What distillation puts in the place of Hugging Face's own loss, batches and evaluation."""
+
+    method: Method
+    distiller: Distiller | None = None
+
+    def attach(self, distiller: Distiller) -> None:
+        """Hand over models and source; must come before training or evaluation."""
+        self.distiller = distiller
+        self.counters = Counters()
+        # Losses arrive normalised by the window's tokens: no second division by accumulation steps.
+        # Axolotl's constructor turns this off, so it is set after it.
+        self.model_accepts_loss_kwargs = True
+
+    # Batches
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
+        """The micro-batches of one optimizer step, completed with the weights of this moment.
+
+        Written anew rather than calling super, which counts the data set's tokens; what counts is
+        what was rolled out.
+        """
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if batches:
+            batches, metrics = self._complete(batches)
+            self.counters.add(metrics)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _complete(self, batches: list[Batch]) -> tuple[list[Batch], dict[str, Any]]:
+        distiller = self._attached()
+        epoch = int(self.state.epoch or 0)
+        with ExitStack() as stack:
+            if self.method.rolls_out:
+                stack.enter_context(rollout_mode(distiller.student.model))
+                stack.enter_context(self.accelerator.autocast())
+            return distiller.source.complete(batches, epoch)
+
+    # Loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Sum of token losses / tokens of the window over all ranks, scaled for gradient averaging.
+
+        Args:
+            model: the wrapped student; its forward is the one that syncs gradients.
+            inputs: a batch of the source.
+            return_outputs: also return {"losses": per token [N]}.
+            num_items_in_batch: completion tokens of the window over all ranks; default this batch's.
+        """
+        total, losses, _ = self._token_losses(model, inputs)
+        tokens = len(losses) if num_items_in_batch is None else num_items_in_batch
+        loss = total / tokens
+        if num_items_in_batch is not None:
+            # DDP averages gradients over ranks, while `tokens` counts those of all ranks.
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"losses": losses}) if return_outputs else loss
+
+    def _token_losses(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum (with gradient), losses [N] (without), row of each token int64 [N]."""
+        distiller = self._attached()
+        # The state at position t predicts token t + 1, so the first position is never predicted.
+        predicted = inputs["labels"][:, 1:] != IGNORE_INDEX
+        hidden = self._student_hidden(model, inputs)[:, :-1][predicted]
+        with self.accelerator.autocast():
+            total, losses = fused_token_loss(
+                hidden,
+                distiller.student.head,
+                distiller.student.head.module,
+                self._recipe(inputs, predicted),
+                chunk_size(distiller.student.head.vocab_size),
+            )
+        rows = predicted.nonzero()[:, 0]
+        self._refuse_non_finite(losses, rows, inputs)
+        return total, losses, rows
+
+    def _student_hidden(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """The student's last hidden states [B, L, H] with gradient, through the wrapped model.
+
+        Only the wrapper's forward runs DDP's and the autocast's hooks, hence no direct call of the
+        decoder; logits are asked for at one position only, the loss applies the head itself.
+        """
+        captured: list[Tensor] = []
+        hook = self._attached().student.decoder.register_forward_hook(
+            lambda _module, _args, output: captured.append(output.last_hidden_state)
+        )
+        try:
+            model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                use_cache=False,
+                logits_to_keep=1,
+            )
+        finally:
+            hook.remove()
+        return captured[0]
+
+    def _recipe(self, inputs: Batch, predicted: Tensor) -> TokenLoss:
+        """The method's loss of a chunk of this batch's tokens."""
+        if self.method.loss is LossRecipe.CROSS_ENTROPY:
+            token_ids = inputs["labels"][:, 1:][predicted]
+            return lambda logits, part: cross_entropy(logits, token_ids[part])
+        targets = self._teacher_targets(inputs, predicted)
+        return lambda logits, part: forward_kl(logits, targets.logits(part))
+
+    def _teacher_targets(self, inputs: Batch, predicted: Tensor) -> TeacherTargets:
+        """Stored at verification, or from one forward without gradient."""
+        teacher = self._attached().teacher
+        stored = inputs.get("stored_hidden")
+        if stored is not None:
+            return TeacherTargets(stored.states, teacher.head)
+        with torch.no_grad(), self.accelerator.autocast():
+            output = teacher.decoder(
+                input_ids=inputs["input_ids"].to(teacher.device),
+                attention_mask=inputs["attention_mask"].to(teacher.device),
+                use_cache=False,
+            )
+        hidden = output.last_hidden_state[:, :-1][predicted.to(teacher.device)]
+        return TeacherTargets(hidden, teacher.head)
+
+    def _refuse_non_finite(self, losses: Tensor, rows: Tensor, inputs: Batch) -> None:
+        bad = ~losses.isfinite()
+        if not bad.any():
+            return
+        named = [
+            f"{inputs['sample_ids'][row]} ({self._prompt_start(inputs, row)!r})"
+            for row in rows[bad].unique().tolist()
+        ]
+        raise NonFiniteLossError(
+            f"step {self.state.global_step + 1}: the loss of {int(bad.sum())} of {len(losses)} tokens "
+            f"is not finite, in sample(s) {', '.join(named)}. The weights were not updated. Look at "
+            "these rows; a lower learning_rate, bf16 instead of fp16 or a float32 teacher "
+            "(distillation.teacher.dtype) are the usual remedies."
+        )
+
+    def _prompt_start(self, inputs: Batch, row: int, num_tokens: int = 24) -> str:
+        length = min(num_tokens, int(inputs["prompt_lengths"][row]))
+        return self.processing_class.decode(inputs["input_ids"][row, :length])
+
+    # Evaluation
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Hugging Face's loop, with the token mean over set and ranks in place of its mean of means."""
+        self._eval_totals = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, **kwargs)
+        total, tokens = self._eval_totals.tolist()
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if tokens:
+            output.metrics[f"{prefix}_loss"] = total / tokens
+        return output
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The training loss on the data set's own completions, on the training scale."""
+        inputs = self._prepare_inputs(inputs)
+        total, losses, rows = self._token_losses(model, inputs)
+        num_rows = len(inputs["input_ids"])
+        sums = losses.new_zeros(num_rows, 2, dtype=torch.float64)
+        sums.index_add_(0, rows, torch.stack([losses, torch.ones_like(losses)], dim=1).double())
+        # Row by row, since the last batch repeats rows to fill all ranks and those are cut here.
+        self._eval_totals += self.accelerator.gather_for_metrics(sums).sum(dim=0).cpu()
+        return total / max(len(losses), 1), None, None
+
+    # Logs and columns
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the counters to training lines; drop `ppl`, which is exp(loss), of a divergence."""
+        if self.method.loss is LossRecipe.DIVERGENCE:
+            logs.pop("ppl", None)
+            logs.pop("eval_ppl", None)
+        if "loss" in logs:
+            logs.update(self.counters.pop(self._reduce_sum, self.accelerator.device))
+        super().log(logs, *args, **kwargs)
+
+    def _reduce_sum(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="sum")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if SAMPLE_ID_COLUMN not in self._signature_columns:
+            self._signature_columns += [SAMPLE_ID_COLUMN]
+
+    def _attached(self) -> Distiller:
+        if self.distiller is None:
+            raise RuntimeError(
+                "the distillation trainer was never given its teacher and source: the plugin's "
+                "post_trainer_create hook did not run. Launch through `axolotl train`."
+            )
+        return self.distiller
+
+
+class DistillationTrainer(AxolotlTrainer, DistillationCore):
+    """Axolotl's causal trainer with distillation behind it."""
+
+
+@cache
+def trainer_type(method_name: str) -> type[DistillationTrainer]:
+    """The trainer type of a method, e.g. `SkdTrainer`."""
+    name = "".join(part.capitalize() for part in method_name.split("_")) + "Trainer"
+    return type(name, (DistillationTrainer,), {"method": get_method(method_name)})
