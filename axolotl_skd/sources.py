@@ -119,8 +119,8 @@ class RolloutSource:
             "prompt_lengths": batch["prompt_lengths"],
             "sample_ids": batch["sample_ids"],
         }
-        if rollout.teacher_hidden is not None:
-            rolled_out["stored_hidden"] = StoredHidden(
-                rollout.teacher_hidden[rollout.completion_mask]
-            )
+        hidden = rollout.teacher_hidden
+        if hidden is not None:
+            mask = rollout.completion_mask.to(hidden.device)
+            rolled_out["stored_hidden"] = StoredHidden(hidden[mask])
         return rolled_out

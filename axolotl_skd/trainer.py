@@ -164,7 +164,7 @@ class DistillationCore(Trainer):
             token_ids = inputs["labels"][:, 1:][predicted]
             return lambda logits, part: cross_entropy(logits, token_ids[part])
         targets = self._teacher_targets(inputs, predicted)
-        return lambda logits, part: forward_kl(logits, targets.logits(part))
+        return lambda logits, part: forward_kl(logits, targets.logits(part).to(logits.device))
 
     def _teacher_targets(self, inputs: Batch, predicted: Tensor) -> TeacherTargets:
         """Stored at verification, or from one forward without gradient."""

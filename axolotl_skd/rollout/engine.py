@@ -42,10 +42,14 @@ class RolloutEngine:
         while rows.any_live:
             num_draft = min(params.num_draft_tokens, rows.longest_remaining)
             fed, proposals = self._propose(rows, student_cache, num_draft, params)
+            # Verification happens where the teacher lives; only token ids travel.
+            positions = rows.positions(num_draft).to(teacher.device)
             hidden = teacher.forward(
-                fed, rows.positions(num_draft), teacher_cache, rows.longest + num_draft - 1
+                fed.to(teacher.device), positions, teacher_cache, rows.longest + num_draft - 1
             )
-            tokens, num_accepted = _verify(teacher.logits(hidden), proposals, rows, params)
+            tokens, num_accepted = _verify(
+                teacher.logits(hidden), proposals, rows.uniforms(num_draft, Role.TEACHER), params
+            )
             kept = rows.commit(
                 tokens,
                 limit=(num_accepted + 1).clamp(max=num_draft),
@@ -55,7 +59,7 @@ class RolloutEngine:
             )
             if kept is not None:
                 student_cache.keep_rows(kept)
-                teacher_cache.keep_rows(kept)
+                teacher_cache.keep_rows(kept.to(teacher.device))
         return rows.rollout(Source.INTERLEAVED)
 
     def sample_student(self, prompts: Prompts, params: SamplingParams) -> Rollout:
@@ -116,30 +120,34 @@ class RolloutEngine:
 
 
 def _verify(
-    logits: Tensor, proposals: Tensor, rows: _Rows, params: SamplingParams
+    logits: Tensor, proposals: Tensor, uniforms: Tensor, params: SamplingParams
 ) -> tuple[Tensor, Tensor]:
     """Keep the proposals up to the first outside the teacher's top K, replace that one.
 
     Args:
-        logits: raw teacher logits [R, G, V].
+        logits: raw teacher logits [R, G, V], on the teacher's device.
         proposals: int64 [R, G].
+        uniforms: the teacher's random numbers for these positions, float64 [R, G].
 
     Returns:
-        tokens int64 [R, G] (meaningless after the replacement), number accepted int64 [R].
+        tokens int64 [R, G] (meaningless after the replacement), number accepted int64 [R], both on
+        the device of `proposals`.
     """
     num_draft = proposals.shape[1]
-    accepted = top_k_accept_mask(logits, proposals, params.teacher_top_k)
+    drafts = proposals.to(logits.device)
+    accepted = top_k_accept_mask(logits, drafts, params.teacher_top_k)
     num_accepted = accepted.long().cumprod(dim=1).sum(dim=1)
     # Where everything was accepted the last index is sampled in vain and not used.
-    index = num_accepted.clamp(max=num_draft - 1)
-    uniforms = rows.uniforms(num_draft, Role.TEACHER).gather(1, index[:, None])[:, 0]
-    at_index = logits[torch.arange(len(index), device=index.device), index]
+    index = num_accepted.clamp(max=num_draft - 1)[:, None]
     replacements = sample_top_p(
-        at_index, params.teacher_temperature, params.teacher_top_p, uniforms
+        logits.take_along_dim(index[:, :, None], dim=1)[:, 0],
+        params.teacher_temperature,
+        params.teacher_top_p,
+        uniforms.to(logits.device).gather(1, index)[:, 0],
     )
-    offsets = torch.arange(num_draft, device=index.device)
-    tokens = torch.where(offsets == num_accepted[:, None], replacements[:, None], proposals)
-    return tokens, num_accepted
+    offsets = torch.arange(num_draft, device=logits.device)
+    tokens = torch.where(offsets == num_accepted[:, None], replacements[:, None], drafts)
+    return tokens.to(proposals.device), num_accepted.to(proposals.device)
 
 
 def _prefill(lm: LanguageModel, prompts: Prompts, rows: _Rows) -> Any:
@@ -244,7 +252,7 @@ class _Rows:
             if self.hidden is None:
                 shape = (len(self.lengths), self.width + 1, hidden.shape[-1])
                 self.hidden = hidden.new_zeros(shape)
-            self.hidden[rows, columns] = hidden
+            self.hidden[rows.to(hidden.device), columns.to(hidden.device)] = hidden
 
         self.generated = self.generated + count
         self.pending = tokens.gather(1, count[:, None] - 1)[:, 0]

@@ -89,7 +89,7 @@ class Rollout:
             the teacher alone sampled, always `completion_mask` when the student alone did.
         proposed_ids: int64 [B, T], what the student had proposed there, -1 where it proposed nothing.
         teacher_hidden: [B, T, H], the teacher's last hidden state that predicts completion token t,
-            kept from verification; None when no verification took place.
+            kept from verification and on the teacher's device; None without verification.
         finish_reasons: int64 [B], values of `FinishReason`.
         num_proposed: int64 [B], student proposals paid for, wasted ones included; 0 without proposals.
         source: which model(s) sampled.

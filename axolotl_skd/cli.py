@@ -1,0 +1,51 @@
+"""`axolotl skd ...`: subcommands of Axolotl's own command line (entry point `axolotl.cli_commands`).
+
+Heavy imports stay inside the functions, or every `axolotl` command would pay for them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def skd() -> None:
+    """Speculative Knowledge Distillation: data, bundled files."""
+
+
+@skd.command()
+@click.argument("name", type=click.Choice(["evals", "examples"]))
+def path(name: str) -> None:
+    """Print where the bundled lm-eval tasks or example configs are."""
+    from axolotl_skd.resources import resource_path
+
+    click.echo(resource_path("evals" if name == "evals" else "example_configs"))
+
+
+@skd.command("to-chat")
+@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("target", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--user", required=True, help="User turn, e.g. '{question}': fields in braces.")
+@click.option("--assistant", required=True, help="Assistant turn, e.g. '{answer}'.")
+@click.option("--remove", multiple=True, help="Regular expression to take out of the answers.")
+@click.option("--sample", type=click.IntRange(min=1), help="Only so many rows, at random.")
+@click.option("--seed", type=int, default=42, show_default=True, help="Of the sample.")
+def to_chat(
+    source: Path,
+    target: Path,
+    user: str,
+    assistant: str,
+    remove: tuple[str, ...],
+    sample: int | None,
+    seed: int,
+) -> None:
+    """Turn the JSON lines of SOURCE into chat rows {"messages": [...]} in TARGET."""
+    from axolotl_skd.chat_rows import ConversionError, convert_file
+
+    try:
+        count = convert_file(source, target, user, assistant, remove, sample, seed)
+    except ConversionError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{count} rows written to {target}")

@@ -1,0 +1,223 @@
+"""The training loss: what it is a mean of, where its targets come from, how it is normalised.
+
+References are computed from the batches that were trained on, in float64, by full logits of fresh
+forwards: other algebra than the trainer's hidden states and chunks.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from axolotl_skd.trainer import DistillationTrainer, NonFiniteLossError
+from tests.training.harness import (
+    base_config,
+    largest_difference,
+    run_training,
+    save_rows,
+    validation_set,
+    weights,
+)
+
+# float32 forwards of a few layers differ between batch shapes by some 1e-6 in the logits.
+TOLERANCE = 2e-5
+
+
+def completion_logprobs(model: Any, ids: Tensor, prompt_length: int) -> Tensor:
+    """float64 log-probabilities [T, V] that predict the tokens behind the prompt."""
+    logits = model(input_ids=ids[None], use_cache=False).logits[0].double()
+    return logits[prompt_length - 1 : -1].log_softmax(-1)
+
+
+def row_ids(batch: dict[str, Any], row: int) -> Tensor:
+    return batch["input_ids"][row, : int(batch["attention_mask"][row].sum())]
+
+
+class LossWatch:
+    """Keeps, per micro-batch, the batch, the loss and what an independent reference says."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.records: list[tuple[float, float, int]] = []
+        inner = trainer.compute_loss
+
+        def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            batch = dict(inputs)
+            student = copy.deepcopy(trainer.accelerator.unwrap_model(model)).eval()
+            loss = inner(model, inputs, *args, **kwargs)
+            with torch.no_grad():
+                reference = self.sums(trainer, student, batch)
+            total = int(kwargs["num_items_in_batch"])
+            self.records.append((float(loss) * total, sum(s for s, _ in reference), total))
+            assert sum(n for _, n in reference) == int((batch["labels"][:, 1:] != -100).sum())
+            return loss
+
+        trainer.compute_loss = compute_loss
+
+    def sums(
+        self, trainer: DistillationTrainer, student: Any, batch: dict[str, Any]
+    ) -> list[tuple[float, int]]:
+        """(sum, tokens) per row."""
+        result = []
+        for row in range(len(batch["input_ids"])):
+            ids, length = row_ids(batch, row), int(batch["prompt_lengths"][row])
+            mine = completion_logprobs(student, ids, length)
+            if trainer.distiller.teacher is None or trainer.method.loss == "cross_entropy":
+                value = -mine[torch.arange(len(mine)), ids[length:]].sum()
+            else:
+                theirs = completion_logprobs(trainer.distiller.teacher.model, ids, length)
+                value = torch.nn.functional.kl_div(mine, theirs, log_target=True, reduction="sum")
+            result.append((float(value), len(mine)))
+        return result
+
+
+@pytest.mark.parametrize("method", ["skd", "on_policy_kd", "supervised_kd", "seqkd", "sft"])
+def test_loss_is_the_token_mean_of_the_reference(pair: Path, tmp_path: Path, method: str) -> None:
+    watches: list[LossWatch] = []
+    trainer = run_training(
+        base_config(pair, method=method, max_steps=2),
+        tmp_path,
+        lambda trainer: watches.append(LossWatch(trainer)),
+    )
+    assert len(watches[0].records) == 2
+    for got, expected, tokens in watches[0].records:
+        assert got == pytest.approx(expected, abs=TOLERANCE * tokens)
+    logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    means = [expected / tokens for _, expected, tokens in watches[0].records]
+    assert logged == pytest.approx(means, abs=1e-4)
+
+
+def test_skd_makes_no_teacher_forward_beyond_its_rollout(pair: Path, tmp_path: Path) -> None:
+    """One prefill and one verification per round, nothing in the training forward."""
+    forwards, expected = [0], [0]
+
+    def watch(trainer: DistillationTrainer) -> None:
+        def count(*_: Any) -> None:
+            forwards[0] += 1
+
+        trainer.distiller.teacher.decoder.register_forward_hook(count)
+        source = trainer.distiller.source
+        sample = source._sample
+
+        def counted(*args: Any) -> Any:
+            rollout = sample(*args)
+            expected[0] += 1 + rollout.num_rounds
+            return rollout
+
+        source._sample = counted
+
+    run_training(base_config(pair, max_steps=3), tmp_path, watch)
+    assert expected[0] > 3
+    assert forwards[0] == expected[0]
+
+
+def test_accumulation_split_does_not_change_the_training(pair: Path, tmp_path: Path) -> None:
+    """4 x 1 rows accumulated equal 1 x 4 rows, with completions of unequal length."""
+    runs = [
+        weights(
+            run_training(
+                base_config(
+                    pair, micro_batch_size=size, gradient_accumulation_steps=4 // size, max_steps=3
+                ),
+                tmp_path / str(size),
+            )
+        )
+        for size in (4, 1)
+    ]
+    # Adam divides by the root of a tiny second moment, which magnifies rounding of the gradient.
+    assert largest_difference(*runs) < 2e-4
+
+
+def test_validation_loss_is_the_token_mean_over_the_whole_set(pair: Path, tmp_path: Path) -> None:
+    """6 rows in batches of 4 and 2, of unequal length: neither a mean of means nor cut."""
+    watches: list[LossWatch] = []
+    losses: list[float] = []
+    batches: list[dict[str, Any]] = []
+
+    def watch(trainer: DistillationTrainer) -> None:
+        watches.append(LossWatch(trainer))
+        step = trainer.prediction_step
+
+        def prediction_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            batches.append(dict(inputs))
+            return step(model, inputs, *args, **kwargs)
+
+        trainer.prediction_step = prediction_step
+
+    trainer = run_training(
+        base_config(pair, max_steps=2, eval_on_start=False, **validation_set(pair)),
+        tmp_path,
+        watch,
+    )
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    student = trainer.accelerator.unwrap_model(trainer.model).eval()
+    with torch.no_grad():
+        sums = [row for batch in batches[-2:] for row in watches[0].sums(trainer, student, batch)]
+    assert len(sums) == 6
+    mean = sum(value for value, _ in sums) / sum(tokens for _, tokens in sums)
+    assert losses[-1] == pytest.approx(mean, abs=TOLERANCE)
+    by_row = sum(value / tokens for value, tokens in sums) / 6
+    assert abs(mean - by_row) > 10 * TOLERANCE  # the test can tell the two apart
+
+
+def test_non_finite_loss_stops_and_names_the_samples(pair: Path, tmp_path: Path) -> None:
+    before: dict[str, Tensor] = {}
+    trainers: list[DistillationTrainer] = []
+
+    def poison(trainer: DistillationTrainer) -> None:
+        trainers.append(trainer)
+        before.update(weights(trainer))
+        head = trainer.distiller.teacher.head
+        trainer.distiller.teacher.model.lm_head.weight[3] = float("nan")
+        assert head.module is trainer.distiller.teacher.model.lm_head
+
+    with pytest.raises(NonFiniteLossError, match=r"sample\(s\) -?\d+ \('.*user") as error:
+        run_training(base_config(pair, method="supervised_kd"), tmp_path, poison)
+    assert "learning_rate" in str(error.value)
+    assert largest_difference(before, weights(trainers[0])) == 0
+
+
+def test_lora_student_trains_only_its_adapter(pair: Path, tmp_path: Path) -> None:
+    start: dict[str, Tensor] = {}
+    trainer = run_training(
+        base_config(
+            pair,
+            adapter="lora",
+            lora_r=4,
+            lora_alpha=8,
+            lora_target_linear=True,
+            lora_mlp_kernel=False,
+            lora_qkv_kernel=False,
+            lora_o_kernel=False,
+            max_steps=2,
+        ),
+        tmp_path,
+        lambda trainer: start.update(weights(trainer)),
+    )
+    end = weights(trainer)
+    changed = {name for name in end if not torch.equal(end[name], start[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_padding_cannot_matter(pair: Path, tmp_path: Path) -> None:
+    """The same run padded to 64 and to 8, with rows of unequal length."""
+    runs = [
+        weights(run_training(base_config(pair, pad_to_multiple_of=n), tmp_path / str(n)))
+        for n in (8, 64)
+    ]
+    assert largest_difference(*runs) < 2e-4
+
+
+def test_rows_of_one_prompt_length_still_train(pair: Path, tmp_path: Path) -> None:
+    """A window of a single row, the smallest there is."""
+    save_rows(tmp_path / "one.jsonl", 1)
+    config = base_config(pair, max_steps=2, micro_batch_size=1)
+    config["datasets"][0]["path"] = str(tmp_path / "one.jsonl")
+    trainer = run_training(config, tmp_path / "out")
+    assert trainer.state.global_step == 2

@@ -1,0 +1,50 @@
+"""One rank of a run of several: trains a config and leaves its rollouts and weights in files.
+
+torchrun --nproc_per_node N tests/training/two_ranks.py CONFIG_JSON OUTPUT_DIR
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.training.harness import DistillationTrainer, run_training, weights
+
+
+def main() -> None:
+    config, output_dir = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    rank = int(os.environ["RANK"])
+    rows: dict[int, list[list[int]]] = {}
+
+    def watch(trainer: DistillationTrainer) -> None:
+        source = trainer.distiller.source
+        complete = source.complete
+
+        def watched(batches, epoch):
+            completed, metrics = complete(batches, epoch)
+            for batch in completed:
+                for index, sample in enumerate(batch["sample_ids"].tolist()):
+                    kept = batch["attention_mask"][index].bool()
+                    rows.setdefault(sample, []).append(batch["input_ids"][index][kept].tolist())
+            return completed, metrics
+
+        source.complete = watched
+
+    trainer = run_training(config, output_dir / f"rank{rank}", watch)
+    torch.save(
+        {
+            "rows": rows,
+            "weights": weights(trainer),
+            "log": trainer.state.log_history,
+            "processes": trainer.accelerator.num_processes,
+        },
+        output_dir / f"rank{rank}.pt",
+    )
+
+
+if __name__ == "__main__":
+    main()
