@@ -12,7 +12,7 @@ import click
 
 @click.group()
 def skd() -> None:
-    """Speculative Knowledge Distillation: data, bundled files."""
+    """Speculative Knowledge Distillation: keys, data, bundled files."""
 
 
 @skd.command()
@@ -22,6 +22,14 @@ def path(name: str) -> None:
     from axolotl_skd.resources import resource_path
 
     click.echo(resource_path("evals" if name == "evals" else "example_configs"))
+
+
+@skd.command()
+def keys() -> None:
+    """Print all keys of the `distillation:` block as a Markdown table."""
+    from axolotl_skd.key_table import key_table
+
+    click.echo(key_table())
 
 
 @skd.command("to-chat")

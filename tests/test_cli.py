@@ -87,3 +87,10 @@ def test_command_line(tmp_path: Path) -> None:
 def test_bundled_paths(name: str) -> None:
     result = CliRunner().invoke(skd, ["path", name])
     assert Path(result.output.strip()).is_dir()
+
+
+def test_the_readme_has_the_key_table_of_the_schema() -> None:
+    table = CliRunner().invoke(skd, ["keys"]).output.strip()
+    assert table.startswith("| key |")
+    readme = Path(__file__).parents[1] / "README.md"
+    assert table in readme.read_text(encoding="utf-8")

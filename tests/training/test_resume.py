@@ -1,4 +1,4 @@
-"""Resuming: a run that is stopped at a checkpoint and goes on equals the uninterrupted one, bit by bit."""
+"""Resuming: a run stopped at a checkpoint and continued equals the uninterrupted one, bit by bit."""
 
 from __future__ import annotations
 
