@@ -24,7 +24,7 @@ SMALL = {
     "num_key_value_heads": 1,
     "intermediate_size": 16,
     "num_hidden_layers": 1,
-    "vocab_size": 512,
+    "vocab_size": 520,  # a few more than the tiny tokenizer: end-of-turn tokens are added
 }
 ARCHITECTURES: dict[str, PreTrainedConfig] = {
     "google/gemma-2b-it": GemmaConfig(**SMALL, max_position_embeddings=8192),
