@@ -214,6 +214,15 @@ def test_padding_cannot_matter(pair: Path, tmp_path: Path) -> None:
     assert largest_difference(*runs) < 2e-4
 
 
+def test_gradient_checkpointing_changes_nothing(pair: Path, tmp_path: Path) -> None:
+    """The rollout keeps its cache, the training forward is recomputed: the same numbers."""
+    runs = [
+        weights(run_training(base_config(pair, gradient_checkpointing=on), tmp_path / str(on)))
+        for on in (False, True)
+    ]
+    assert largest_difference(*runs) == 0
+
+
 def test_rows_of_one_prompt_length_still_train(pair: Path, tmp_path: Path) -> None:
     """A window of a single row, the smallest there is."""
     save_rows(tmp_path / "one.jsonl", 1)

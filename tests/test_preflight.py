@@ -1,0 +1,389 @@
+"""What is refused before a model is loaded, in words that name the key and the remedy."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axolotl.utils.data.utils import handle_long_seq_in_dataset
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.enums import RLType
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from axolotl_skd.config import Distillation
+from axolotl_skd.preflight import (
+    ConfigConflictError,
+    check_models,
+    check_settings,
+    check_top_k,
+    restating_dropped_rows,
+    sampling_params,
+    stop_set,
+)
+from axolotl_skd.teacher import TeacherError
+from axolotl_skd.vocabulary import SharedVocabulary, VocabularyError
+from tests.helpers import VOCAB_SIZE, save_model, save_pair, save_tokenizer, word_vocab
+
+
+def distillation(
+    method: str = "skd", teacher: Path | str = "some/teacher", **rollout: Any
+) -> Distillation:
+    return Distillation.model_validate(
+        {"method": method, "teacher": {"base_model": str(teacher)}, "rollout": rollout}
+    )
+
+
+# Settings
+
+
+def settings(**keys: Any) -> DictDefault:
+    return DictDefault({"base_model": "some/student", **keys})
+
+
+def refused(**keys: Any) -> str:
+    with pytest.raises(ConfigConflictError) as refusal:
+        check_settings(settings(**keys), distillation())
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"sample_packing": False, "eval_sample_packing": False, "streaming": False, "rl": None},
+        {"attn_implementation": "sdpa"},
+        {"attn_implementation": "eager"},
+        {"context_parallel_size": 1, "tensor_parallel_size": 1},
+        {"deepspeed": None, "fsdp": [], "fsdp_config": None},
+        {"adapter": "lora", "lora_target_linear": True},
+        {"adapter": "qlora", "lora_target_modules": ["q_proj", "v_proj"]},
+        {"adapter": "lora", "lora_modules_to_save": []},
+    ],
+)
+def test_settings_that_distillation_honours(
+    keys: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    check_settings(settings(**keys), distillation())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"rl": "dpo"}, ["rl: dpo selects another trainer", "Remove rl:"]),
+        (
+            {"sample_packing": True},
+            ["packs several rows into one sequence", "Set sample_packing: false"],
+        ),
+        ({"eval_sample_packing": True}, ["eval_sample_packing: false"]),
+        ({"streaming": True}, ["streaming / pretraining_dataset", "Use datasets:"]),
+        ({"pretraining_dataset": [{"path": "x"}]}, ["streaming / pretraining_dataset"]),
+        (
+            {"context_parallel_size": 2},
+            ["context_parallel_size: 2", "Set context_parallel_size: 1"],
+        ),
+        ({"tensor_parallel_size": 4}, ["tensor_parallel_size: 4", "Set tensor_parallel_size: 1"]),
+        ({"deepspeed": "zero3.json"}, ["deepspeed: shards the student", "Remove deepspeed:"]),
+        ({"fsdp": ["full_shard"]}, ["fsdp: shards the student", "Remove fsdp:"]),
+        ({"fsdp_config": {"reshard": True}}, ["fsdp_config: shards the student"]),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            ["attn_implementation: flash_attention_2 takes no 4-D mask", "sdpa (or eager)"],
+        ),
+        ({"attn_implementation": "flex_attention"}, ["flex_attention takes no 4-D mask"]),
+    ],
+)
+def test_settings_that_distillation_cannot_honour(keys: dict[str, Any], said: list[str]) -> None:
+    message = refused(**keys)
+    for words in said:
+        assert words in message
+
+
+@pytest.mark.xfail(strict=True, reason="says RLType.DPO: Axolotl's validated config holds an enum")
+def test_the_enum_of_a_validated_config_is_named_as_in_the_yaml() -> None:
+    assert "rl: dpo selects another trainer" in refused(rl=RLType.DPO)
+
+
+@pytest.mark.parametrize("key", ["lora_target_modules", "lora_modules_to_save"])
+@pytest.mark.parametrize("value", [["q_proj", "lm_head"], "lm_head", ["model.lm_head"]])
+def test_an_adapter_on_the_output_head(key: str, value: Any) -> None:
+    message = refused(adapter="lora", **{key: value})
+    head = "model.lm_head" if value == ["model.lm_head"] else "lm_head"
+    assert f"{key}: ['{head}'] adapts or copies the output head" in message
+    assert f"Remove ['{head}'] from {key}" in message
+
+
+def test_all_linear_layers_mean_the_head_too() -> None:
+    assert "lora_target_modules: ['all-linear']" in refused(lora_target_modules="all-linear")
+
+
+@pytest.mark.parametrize("adapter", ["llama-adapter", "ia3"])
+def test_other_adapters(adapter: str) -> None:
+    message = refused(adapter=adapter)
+    assert f"adapter: {adapter}" in message and "Use adapter: lora or qlora" in message
+
+
+def warning_of_same_model(caplog: pytest.LogCaptureFixture, student: str, teacher: str) -> bool:
+    caplog.clear()
+    check_settings(settings(base_model=student), distillation(teacher=teacher))
+    return any(
+        record.levelname == "WARNING" and "self-distillation" in record.getMessage()
+        for record in caplog.records
+    )
+
+
+def test_self_distillation_is_allowed_with_a_warning(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    assert warning_of_same_model(caplog, "org/model", "org/model")
+    assert warning_of_same_model(caplog, "one", "./one")
+    assert warning_of_same_model(caplog, "one", str(tmp_path / "one"))
+    assert warning_of_same_model(caplog, "one", "link")
+    assert not warning_of_same_model(caplog, "one", "two")
+    assert not warning_of_same_model(caplog, "org/model", "org/other")
+    assert not warning_of_same_model(caplog, "one", "org/model")
+
+
+def test_a_method_without_a_teacher_distils_from_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    check_settings(settings(), distillation("sft", teacher="some/student"))
+    assert not caplog.records
+
+
+# Models
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return save_pair(tmp_path_factory.mktemp("pair"), vocab_size=VOCAB_SIZE + 8)
+
+
+@pytest.fixture
+def tokenizer(pair: tuple[Path, Path]) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(pair[0])
+
+
+SHORT: dict[str, Any] = {"max_prompt_tokens": 40, "max_new_tokens": 24, "teacher_top_k": 4}
+
+
+def model_refusal(
+    error: type[Exception], student: Path, tokenizer: Any, settings: Distillation, **keys: Any
+) -> str:
+    with pytest.raises(error) as refusal:
+        check_models(DictDefault({"base_model": str(student), **keys}), settings, tokenizer)
+    return str(refusal.value)
+
+
+def test_a_good_pair(pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast) -> None:
+    student, teacher = pair
+    cfg = DictDefault({"base_model": str(student)})
+    found = check_models(cfg, distillation(teacher=teacher, **SHORT), tokenizer)
+    assert found.stop_token_ids == (0,)
+    assert found.student_vocab == found.teacher_vocab == word_vocab()
+
+
+def test_sft_reads_no_teacher(pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast) -> None:
+    cfg = DictDefault({"base_model": str(pair[0])})
+    found = check_models(cfg, distillation("sft", teacher="no/such-teacher"), tokenizer)
+    assert found.teacher_vocab is None
+
+
+def test_completions_beyond_the_students_positions(
+    pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    # The pair has 64 positions each.
+    longer = distillation(teacher=pair[1], **{**SHORT, "max_new_tokens": 25})
+    message = model_refusal(ConfigConflictError, pair[0], tokenizer, longer)
+    assert "max_prompt_tokens (40) + max_new_tokens (25) = 65" in message
+    assert "but base_model has 64 positions" in message
+
+
+def test_completions_beyond_the_teachers_positions(
+    pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    save_tokenizer(tmp_path)
+    save_model(tmp_path, max_position_embeddings=63)
+    message = model_refusal(
+        ConfigConflictError, pair[0], tokenizer, distillation(teacher=tmp_path, **SHORT)
+    )
+    assert "but distillation.teacher.base_model has 63 positions" in message
+
+
+def test_methods_that_do_not_sample_need_no_room_for_it(
+    pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    cfg = DictDefault({"base_model": str(pair[0])})
+    check_models(cfg, distillation("sft", max_new_tokens=10_000), tokenizer)
+
+
+def test_k_beyond_the_shared_vocabulary(
+    pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    # 32 rows here, 40 there: 32 are shared.
+    def with_k(top_k: int) -> Distillation:
+        return distillation(teacher=pair[1], **{**SHORT, "teacher_top_k": top_k})
+
+    check_models(DictDefault({"base_model": str(pair[0])}), with_k(32), tokenizer)
+    message = model_refusal(ConfigConflictError, pair[0], tokenizer, with_k(33))
+    assert "teacher_top_k is 33, but the shared vocabulary has 32 tokens" in message
+    assert "Set 1 to 32" in message and "on_policy_kd" in message
+
+
+def test_k_is_compared_with_what_both_share() -> None:
+    shared = SharedVocabulary(size=10, student_size=12, teacher_size=10, student_only=())
+    check_top_k(distillation(teacher_top_k=10), shared)
+    with pytest.raises(ConfigConflictError, match="shared vocabulary has 10 tokens"):
+        check_top_k(distillation(teacher_top_k=11), shared)
+
+
+@pytest.mark.parametrize("name", ["no/such-teacher", "{tmp_path}"])
+def test_a_teacher_that_cannot_be_read(
+    name: str, pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    name = name.format(tmp_path=tmp_path)
+    message = model_refusal(TeacherError, pair[0], tokenizer, distillation(teacher=name, **SHORT))
+    assert f"distillation.teacher.base_model: the configuration of {name!r}" in message
+
+
+def test_a_teacher_without_a_tokenizer(
+    pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    save_model(tmp_path)
+    message = model_refusal(
+        TeacherError, pair[0], tokenizer, distillation(teacher=tmp_path, **SHORT)
+    )
+    assert "distillation.teacher.base_model: the tokenizer of" in message
+
+
+def test_a_teacher_of_another_tokenizer(
+    pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    save_model(tmp_path)
+    save_tokenizer(tmp_path, {**word_vocab(), "w7": 9, "w9": 7})
+    message = model_refusal(
+        VocabularyError, pair[0], tokenizer, distillation(teacher=tmp_path, **SHORT)
+    )
+    assert "2 of 32 shared ids differ, first id 7: 'w7' against 'w9'" in message
+
+
+def test_a_token_added_to_the_student_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    # As Axolotl's `tokens:` does. Here the teacher's head has no row left for it.
+    save_model(tmp_path)
+    save_tokenizer(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(pair[0])
+    tokenizer.add_tokens(["<new>"])
+    message = model_refusal(
+        VocabularyError, pair[0], tokenizer, distillation(teacher=tmp_path, **SHORT)
+    )
+    assert "'<new>' (id 32)" in message
+    # The pair's teacher has spare rows.
+    cfg = DictDefault({"base_model": str(pair[0])})
+    check_models(cfg, distillation(teacher=pair[1], **SHORT), tokenizer)
+
+
+# The stop set
+
+
+def stops(tokenizer: Any, eot_tokens: Any = None, **rollout: Any) -> tuple[int, ...]:
+    cfg = DictDefault({"eot_tokens": eot_tokens})
+    return stop_set(cfg, distillation(**rollout), tokenizer, VOCAB_SIZE)
+
+
+def test_the_stop_set_is_eos_turn_ends_and_the_blocks_own(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    assert stops(tokenizer) == (0,)
+    assert stops(tokenizer, eot_tokens=["w9", "w4"]) == (0, 4, 9)
+    assert stops(tokenizer, eot_tokens=["w9"], stop_token_ids=[31, 5, 9]) == (0, 5, 9, 31)
+
+
+@pytest.mark.parametrize("beyond", [VOCAB_SIZE, -1])
+def test_stop_ids_lie_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast, beyond: int) -> None:
+    with pytest.raises(ConfigConflictError) as refusal:
+        stops(tokenizer, stop_token_ids=[3, beyond])
+    assert f"distillation.rollout.stop_token_ids: [{beyond}] lie outside" in str(refusal.value)
+    assert f"{VOCAB_SIZE} tokens" in str(refusal.value)
+
+
+@pytest.mark.parametrize("token", ["<end_of_turn>", "w3 w4"])
+def test_a_turn_end_that_is_no_token(tokenizer: PreTrainedTokenizerFast, token: str) -> None:
+    with pytest.raises(ConfigConflictError) as refusal:
+        stops(tokenizer, eot_tokens=[token])
+    assert f"eot_tokens: {token!r} is no token of the student's tokenizer" in str(refusal.value)
+
+
+def test_something_must_stop_a_rollout(tmp_path: Path) -> None:
+    endless = save_tokenizer(tmp_path, eos_token=None)
+    with pytest.raises(ConfigConflictError, match="the stop set is empty"):
+        stops(endless)
+    assert stops(endless, stop_token_ids=[4]) == (4,)
+
+
+def test_the_engine_gets_the_blocks_sampling() -> None:
+    block = distillation(
+        num_draft_tokens=2,
+        teacher_top_k=3,
+        student_temperature=0.4,
+        student_top_p=0.5,
+        teacher_temperature=0.6,
+        teacher_top_p=0.7,
+    )
+    params = sampling_params(block, (0, 9))
+    for name in (
+        "num_draft_tokens",
+        "teacher_top_k",
+        "student_temperature",
+        "student_top_p",
+        "teacher_temperature",
+        "teacher_top_p",
+    ):
+        assert getattr(params, name) == getattr(block.rollout, name)
+    assert params.stop_token_ids == (0, 9)
+
+
+# Rows that Axolotl drops
+
+
+def our_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "axolotl_skd.preflight" and record.levelname == "WARNING"
+    ]
+
+
+def test_rows_dropped_by_axolotl_are_said_once_more(caplog: pytest.LogCaptureFixture) -> None:
+    # Axolotl's own function, so that a change of its wording is noticed.
+    dataset = Dataset.from_dict({"input_ids": [[1] * n for n in (3, 20, 4, 21)]})
+    cfg = DictDefault({"min_sample_len": 2, "is_preprocess": True})
+    with restating_dropped_rows(16):
+        assert len(handle_long_seq_in_dataset(dataset, 16, cfg)) == 2
+        assert not our_warnings(caplog)  # only when all is loaded
+    (message,) = our_warnings(caplog)
+    assert "Dropped 2 sequences" in message
+    assert "sequence_len = 16" in message and "raise sequence_len" in message
+
+
+def test_nothing_dropped_is_nothing_said(caplog: pytest.LogCaptureFixture) -> None:
+    dataset = Dataset.from_dict({"input_ids": [[1] * 3]})
+    with restating_dropped_rows(16):
+        handle_long_seq_in_dataset(dataset, 16, DictDefault({"min_sample_len": 2}))
+    assert not our_warnings(caplog)
+
+
+def test_the_watch_ends_with_the_loading(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("axolotl.utils.data.utils")
+    before = list(logger.handlers)
+    with pytest.raises(OSError, match="disk"), restating_dropped_rows(16):
+        raise OSError("disk")
+    with restating_dropped_rows(16):
+        pass
+    logger.info("Dropped 3 sequences")
+    assert logger.handlers == before
+    assert not our_warnings(caplog)
