@@ -18,13 +18,17 @@ from axolotl_skd.methods import Method, get_method
 class _Block(BaseModel):
     """A block whose unknown keys are errors that name the nearest valid one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, values: Any) -> Any:
+        if values is None:
+            raise ValueError("the block is empty: remove it or give it keys.")
         if not isinstance(values, Mapping):
-            raise ValueError(f"expected a block of keys, got {values!r}")
+            raise ValueError(f"expected a block of keys, got {values!r}.")
         for key in values:
             if key not in cls.model_fields:
                 near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
@@ -111,7 +115,9 @@ class Distillation(_Block):
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="The frozen teacher.")
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="How to sample.")
     eval: EvalConfig | None = Field(None, description="Bundled evaluation before and after.")
-    seed: int | None = Field(None, description="Seed of the rollouts; default Axolotl's `seed`.")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="Seed of the rollouts; default Axolotl's `seed`."
+    )
 
     @field_validator("method")
     @classmethod

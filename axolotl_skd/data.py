@@ -9,6 +9,7 @@ Legend: B rows, L longest row, P_b prompt length, T_b completion length.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -257,5 +258,5 @@ def _warn_about_stops(
             len(ends),
             name,
             sorted(stop_ids),
-            max(set(ends), key=ends.count),
+            Counter(ends).most_common(1)[0][0],
         )

@@ -19,7 +19,12 @@ from axolotl_skd.callbacks import StartLineCallback
 from axolotl_skd.config import read_distillation
 from axolotl_skd.data import DistillationCollator, checked_datasets
 from axolotl_skd.evaluation.tasks import check_tasks
-from axolotl_skd.preflight import check_models, check_settings, restating_dropped_rows
+from axolotl_skd.preflight import (
+    check_block_is_there,
+    check_models,
+    check_settings,
+    restating_dropped_rows,
+)
 from axolotl_skd.trainer import DistillationTrainer, trainer_type
 
 
@@ -27,6 +32,7 @@ class SKDPlugin(BasePlugin):
     """Speculative Knowledge Distillation and its baselines as Axolotl trainer types."""
 
     def register(self, cfg: dict[str, Any]) -> None:
+        check_block_is_there(cfg)
         if cfg.get("distillation") is not None and on_cpu() and not cfg.get("deepspeed"):
             # Without it accelerate lets several CPU ranks train independently of each other.
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -41,10 +47,10 @@ class SKDPlugin(BasePlugin):
         check_settings(cfg, distillation)
         if distillation.eval is not None:
             check_tasks(distillation.eval.tasks)
-        tokenizer = load_tokenizer(cfg)
-        preflight = check_models(cfg, distillation, tokenizer)
         if preprocess:
             return None
+        tokenizer = load_tokenizer(cfg)
+        preflight = check_models(cfg, distillation, tokenizer)
         if on_cpu():
             cfg.device_map = {"": "cpu"}  # Axolotl maps ranks to accelerators
         with restating_dropped_rows(cfg.sequence_len):

@@ -5,6 +5,7 @@ Each refusal says what was got, what is needed, what to do, and names the YAML k
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,35 @@ class Preflight:
     teacher_vocab: Mapping[str, int] | None
 
 
+def check_block_is_there(raw: Mapping[str, Any]) -> None:
+    """Refuse a block that is empty or misspelt, warn if there is none.
+
+    Axolotl drops unknown top-level keys and keys without a value without a word, and would go on as
+    plain fine-tuning.
+
+    Args:
+        raw: the config as written.
+
+    Raises:
+        ConfigConflictError
+    """
+    if raw.get("distillation") is not None:
+        return
+    if "distillation" in raw:
+        raise ConfigConflictError(
+            "distillation: is there, but has no keys. Give it a method and a teacher, or remove it."
+        )
+    near = difflib.get_close_matches("distillation", [str(key) for key in raw], n=1, cutoff=0.7)
+    if near:
+        raise ConfigConflictError(
+            f"{near[0]}: is no key of Axolotl or axolotl_skd. Did you mean distillation:?"
+        )
+    LOG.warning(
+        "plugins: names axolotl_skd.SKDPlugin, but the config has no distillation: block, so this is "
+        "plain fine-tuning."
+    )
+
+
 def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
     """Refuse Axolotl settings that distillation cannot honour.
 
@@ -49,8 +79,8 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
     """
     if cfg.get("rl"):
         raise ConfigConflictError(
-            f"rl: {cfg['rl']} selects another trainer, and distillation would be ignored. Remove rl:, "
-            "or remove the distillation: block."
+            f"rl: {getattr(cfg['rl'], 'value', cfg['rl'])} selects another trainer, and distillation "
+            "would be ignored. Remove rl:, or remove the distillation: block."
         )
     if cfg.get("sample_packing") or cfg.get("eval_sample_packing"):
         raise ConfigConflictError(
@@ -74,8 +104,18 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
                 f"{key}: shards the student, and rollouts from a sharded student are not supported "
                 f"yet. Remove {key}: plain data parallelism (several ranks, one teacher each) works."
             )
+    if cfg.get("torch_compile"):
+        raise ConfigConflictError(
+            "torch_compile: true compiles the student's forward, from which the loss takes hidden "
+            "states; that is not supported yet. Set torch_compile: false."
+        )
     _check_attention(cfg)
     _check_head_is_plain(cfg)
+    if distillation.teacher.base_model and not distillation.method_row.needs_teacher:
+        LOG.warning(
+            "distillation.teacher is not used: method %s learns from the data set alone.",
+            distillation.method,
+        )
     if distillation.method_row.needs_teacher and _same_model(
         cfg["base_model"], distillation.teacher.base_model
     ):
@@ -137,6 +177,7 @@ def check_models(
     """
     student = AutoConfig.from_pretrained(
         cfg.get("base_model_config") or cfg["base_model"],
+        revision=cfg.get("revision_of_model"),
         trust_remote_code=bool(cfg.get("trust_remote_code")),
     )
     vocab_size = max(student.get_text_config().vocab_size, len(tokenizer))
@@ -169,15 +210,34 @@ def check_top_k(distillation: Distillation, shared: SharedVocabulary) -> None:
 
 
 def _check_positions(key: str, config: PreTrainedConfig, distillation: Distillation) -> None:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions, why = usable_positions(config.get_text_config())
     rollout = distillation.rollout
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     if positions is not None and longest > positions:
         raise ConfigConflictError(
             f"distillation.rollout: max_prompt_tokens ({rollout.max_prompt_tokens}) + max_new_tokens "
-            f"({rollout.max_new_tokens}) = {longest}, but {key} has {positions} positions. Lower one "
-            "of the two."
+            f"({rollout.max_new_tokens}) = {longest}, but {key} has {positions} positions{why}. Lower "
+            "one of the two."
         )
+
+
+def usable_positions(config: PreTrainedConfig) -> tuple[int | None, str]:
+    """Positions that a rollout may use, and why they are fewer than the model's, if they are.
+
+    Rotary embeddings that depend on the length of the sequence change all keys once it outgrows the
+    original length, those already in a cache as well.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
+    for rope in nested or [parameters]:
+        kind = rope.get("rope_type")
+        if kind in ("dynamic", "longrope"):
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", positions
+            )
+            return original, f" before its {kind} rotary embedding changes with the length"
+    return positions, ""
 
 
 def stop_set(
@@ -239,7 +299,7 @@ class _DropWatch(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if message.startswith("Dropped "):
+        if message.startswith("Dropped ") and "outside valid range" in message:
             self.messages.append(message)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,9 +28,10 @@ def _hub_arguments(config: TeacherConfig) -> dict[str, Any]:
 
 
 def _unreadable(config: TeacherConfig, what: str, error: Exception) -> TeacherError:
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
     return TeacherError(
         f"distillation.teacher.base_model: the {what} of {config.base_model!r} could not be read "
-        f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else error!r}). "
+        f"({type(error).__name__}: {reason}). "
         "Give a folder that holds a saved Hugging Face model, or the id of one on the hub that this "
         "machine may read (network, HF_TOKEN, HF_HUB_OFFLINE)."
     )
@@ -88,13 +90,20 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel
     if quantization is not None:
         arguments["quantization_config"] = quantization
     try:
-        teacher = AutoModelForCausalLM.from_pretrained(
+        teacher, info = AutoModelForCausalLM.from_pretrained(
             config.base_model,
+            output_loading_info=True,
             dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
             device_map={"": config.device or device},
             **arguments,
         )
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable(config, "weights", error) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers fills them with random numbers and warns.
+        raise _unreadable(config, "weights", KeyError(f"not in the checkpoint: {missing[:5]}"))
     teacher.requires_grad_(False)
     return teacher.eval()

@@ -57,8 +57,12 @@ def share_vocabulary(
     student = {token_id: token for token, token_id in student_vocab.items()}
     teacher = {token_id: token for token, token_id in teacher_vocab.items()}
     shared = sorted(student.keys() & teacher.keys())
+    if not shared:
+        raise VocabularyError(
+            "the tokenizers of student and teacher share not a single id: is one of them empty?"
+        )
     differing = [i for i in shared if student[i] != teacher[i]]
-    if differing or not shared:
+    if differing:
         raise VocabularyError(
             "student and teacher use different tokenizers, so their distributions are over different "
             f"things: {len(differing)} of {len(shared)} shared ids differ, first "
@@ -84,6 +88,4 @@ def share_vocabulary(
 def _examples(
     ids: Sequence[int], student: Mapping[int, str], teacher: Mapping[int, str], count: int = 3
 ) -> str:
-    return (
-        "; ".join(f"id {i}: {student[i]!r} against {teacher[i]!r}" for i in ids[:count]) or "none"
-    )
+    return "; ".join(f"id {i}: {student[i]!r} against {teacher[i]!r}" for i in ids[:count])

@@ -109,12 +109,9 @@ def with_block(method: str = "skd", **keys: Any) -> DictDefault:
     return axolotl_cfg(distillation=block, **keys)
 
 
-@pytest.mark.parametrize("keys", [{}, {"distillation": None}])
-def test_without_a_block_nothing_changes(
-    keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_block_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    cfg, trainer, model = axolotl_cfg(sample_packing=True, **keys), object(), object()
+    cfg, trainer, model = axolotl_cfg(sample_packing=True), object(), object()
     before = dict(cfg)
     environment = dict(os.environ)
     hooks = SKDPlugin()
@@ -243,9 +240,21 @@ def test_preprocessing_only_checks(pair_cfg: DictDefault, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(plugin, "load_datasets", refuse)
     assert SKDPlugin().load_datasets(pair_cfg, preprocess=True) is None
+    pair_cfg.sample_packing = True
+    with pytest.raises(ConfigConflictError, match="sample_packing"):
+        SKDPlugin().load_datasets(pair_cfg, preprocess=True)
+
+
+def test_models_are_checked_before_data_sets_are_loaded(
+    pair_cfg: DictDefault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise AssertionError("data sets were loaded first")
+
+    monkeypatch.setattr(plugin, "load_datasets", refuse)
     pair_cfg.distillation.rollout.teacher_top_k = 1000
     with pytest.raises(ConfigConflictError, match="teacher_top_k is 1000"):
-        SKDPlugin().load_datasets(pair_cfg, preprocess=True)
+        SKDPlugin().load_datasets(pair_cfg)
 
 
 def test_data_sets_are_loaded_by_axolotl_and_checked_by_us(

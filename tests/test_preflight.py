@@ -11,17 +11,19 @@ from axolotl.utils.data.utils import handle_long_seq_in_dataset
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.enums import RLType
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from axolotl_skd.config import Distillation
 from axolotl_skd.preflight import (
     ConfigConflictError,
+    check_block_is_there,
     check_models,
     check_settings,
     check_top_k,
     restating_dropped_rows,
     sampling_params,
     stop_set,
+    usable_positions,
 )
 from axolotl_skd.teacher import TeacherError
 from axolotl_skd.vocabulary import SharedVocabulary, VocabularyError
@@ -102,7 +104,6 @@ def test_settings_that_distillation_cannot_honour(keys: dict[str, Any], said: li
         assert words in message
 
 
-@pytest.mark.xfail(strict=True, reason="says RLType.DPO: Axolotl's validated config holds an enum")
 def test_the_enum_of_a_validated_config_is_named_as_in_the_yaml() -> None:
     assert "rl: dpo selects another trainer" in refused(rl=RLType.DPO)
 
@@ -151,9 +152,62 @@ def test_self_distillation_is_allowed_with_a_warning(
     assert not warning_of_same_model(caplog, "one", "org/model")
 
 
-def test_a_method_without_a_teacher_distils_from_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_teacher_that_is_not_used_is_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
     check_settings(settings(), distillation("sft", teacher="some/student"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "distillation.teacher is not used: method sft learns from the data set alone."
+    ]
+
+
+# The block itself, in the config as written
+
+
+def test_a_block_with_keys_is_fine(caplog: pytest.LogCaptureFixture) -> None:
+    check_block_is_there({"base_model": "a", "distillation": {"method": "skd"}})
     assert not caplog.records
+
+
+def test_an_empty_block_is_refused() -> None:
+    with pytest.raises(ConfigConflictError, match="distillation: is there, but has no keys"):
+        check_block_is_there({"base_model": "a", "distillation": None})
+
+
+@pytest.mark.parametrize("key", ["distilation", "distillations", "Distillation"])
+def test_a_misspelt_block_is_refused(key: str) -> None:
+    with pytest.raises(ConfigConflictError, match=f"{key}: is no key.*mean distillation:"):
+        check_block_is_there({"base_model": "a", key: {"method": "skd"}})
+
+
+def test_a_plugin_without_a_block_warns(caplog: pytest.LogCaptureFixture) -> None:
+    check_block_is_there({"base_model": "a", "datasets": [], "adapter": "lora"})
+    assert "plain fine-tuning" in caplog.text
+
+
+# Rotary embeddings that change with the length
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_length_dependent_rope_is_used_up_to_its_original_length(kind: str) -> None:
+    """Behind it, cached keys would belong to another rotation than new ones."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {
+            "original_max_position_embeddings": 64,
+            "short_factor": [1.0],
+            "long_factor": [2.0],
+        }
+        config = LlamaConfig(hidden_size=8, num_attention_heads=4, max_position_embeddings=256)
+        config.rope_parameters = rope
+    else:
+        config = LlamaConfig(max_position_embeddings=64, rope_parameters=rope)
+    assert usable_positions(config) == (
+        64,
+        f" before its {kind} rotary embedding changes with the length",
+    )
+
+
+def test_plain_rope_is_used_in_full() -> None:
+    assert usable_positions(LlamaConfig(max_position_embeddings=64)) == (64, "")
 
 
 # Models

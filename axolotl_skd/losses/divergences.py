@@ -30,9 +30,10 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """
     student = _logprobs(student_logits)
     teacher = _logprobs(teacher_logits)
-    possible = teacher > -torch.inf
+    probabilities = teacher.exp()
+    possible = probabilities > 0
     difference = torch.where(possible, teacher, 0.0) - torch.where(possible, student, 0.0)
-    return (teacher.exp() * difference).sum(dim=-1)
+    return (probabilities * difference).sum(dim=-1)
 
 
 def cross_entropy(student_logits: Tensor, token_ids: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
                     grad += part_grad
         if wanted:
             ctx.save_for_backward(grad_hidden, *grads)
-            ctx.dtypes = [p.dtype for p in parameters]
+            ctx.dtypes = [hidden.dtype, *(p.dtype for p in parameters)]
         total = losses.sum()
         ctx.mark_non_differentiable(losses)
         return total, losses
@@ -108,5 +108,9 @@ class _ChunkedTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _grad_losses: Tensor) -> tuple[Any, ...]:
         grad_hidden, *grads = ctx.saved_tensors
-        scaled = [(g * grad_total).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return (grad_hidden * grad_total.to(grad_hidden.dtype), None, None, None, None, *scaled)
+        # Scaled in the sum's precision first: half precision would round, or overflow on, the factor.
+        scaled = [
+            (grad * grad_total).to(dtype)
+            for grad, dtype in zip([grad_hidden, *grads], ctx.dtypes, strict=True)
+        ]
+        return (scaled[0], None, None, None, None, *scaled[1:])

@@ -23,6 +23,10 @@ _MULTIPLIER_2 = -0x6B2FB644ECCEEE15
 SHORTLIST = 128
 
 
+class NonFiniteLogitsError(RuntimeError):
+    """Logits from which nothing can be sampled."""
+
+
 class Role(IntEnum):
     """What a random number is for. The values are part of the stream: never renumber."""
 
@@ -100,6 +104,9 @@ def sample_top_p(
 
     Returns:
         int64 [N]
+
+    Raises:
+        NonFiniteLogitsError: a row holds NaN or +inf, or -inf alone.
     """
     vocab_size = logits.shape[-1]
     scaled = logits.double() / temperature
@@ -109,6 +116,7 @@ def sample_top_p(
         values, ids = _descending(scaled, width)
         cumulative = (values - log_total).exp().cumsum(dim=-1)
         if width == vocab_size:
+            _refuse_non_finite(log_total)
             break
         # Tokens tied with the last one may have been left out, so only what is strictly above it is
         # known to be in its final place.
@@ -124,6 +132,17 @@ def sample_top_p(
     total = cumulative.gather(-1, last) if top_p < 1 else torch.ones_like(log_total)
     index = (cumulative <= uniforms[:, None] * total).sum(dim=-1, keepdim=True)
     return ids.gather(-1, torch.minimum(index, last)).squeeze(-1)
+
+
+def _refuse_non_finite(log_total: Tensor) -> None:
+    """Looked at only once the shortlist spans the vocabulary, as it does for such rows."""
+    bad = ~log_total.isfinite().squeeze(-1)
+    if bad.any():
+        raise NonFiniteLogitsError(
+            f"{int(bad.sum())} of {len(bad)} rows of logits are not finite (NaN or infinite), so no "
+            "token can be sampled. If training had begun, the student diverged: lower learning_rate. "
+            "Else a checkpoint or its dtype is broken (distillation.teacher.dtype)."
+        )
 
 
 def _descending(scaled: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -72,6 +72,11 @@ class Prompts:
     def __post_init__(self) -> None:
         if not self.ids:
             raise ValueError("a rollout needs at least one prompt")
+        if not len(self.ids) == len(self.streams) == len(self.max_new_tokens):
+            raise ValueError(
+                f"{len(self.ids)} prompts, {len(self.streams)} streams and "
+                f"{len(self.max_new_tokens)} lengths: one of each per row is needed"
+            )
         if any(len(row) == 0 for row in self.ids):
             raise ValueError("a prompt without tokens cannot be continued")
         if int(self.max_new_tokens.min()) < 1:

@@ -11,11 +11,11 @@ How to run, from anywhere (17 minutes on 2 cores of an AMD EPYC, fp32, no GPU):
 
     python example_configs/tiny/make_pair.py --threads 1
 
-This made the committed files, and a second run gave the same bytes. ``--stages data tokenizer teacher
-student measure`` runs some of the stages; each reads from disk what the ones before it wrote. ``--out``
-writes elsewhere (``OUT/tiny``, ``OUT/evals``). All figures are printed, none is stored. Another CPU or torch
-version gives slightly different weights; the student is stopped on a steep part of its curve, so look
-at the accuracy that is printed for it.
+This made the committed files, and a second run gave the same bytes. ``--stages data tokenizer
+teacher student measure`` runs some of the stages; each reads from disk what the ones before it
+wrote. ``--out`` writes elsewhere (``OUT/tiny``, ``OUT/evals``). All figures are printed, none is
+stored. Another CPU or torch version gives slightly different weights; the student is stopped on a
+steep part of its curve, so look at the accuracy that is printed for it.
 
 Tensor legend: B batch, T tokens, V vocabulary.
 """

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from axolotl_skd.rollout.attention import additive, visible_slots
@@ -115,11 +115,30 @@ class Shifted(LlamaForCausalLM):
         return super().forward(input_ids=(input_ids + 1) % VOCAB_SIZE, **kwargs)
 
 
-@pytest.mark.parametrize("model_class", [Doubled, Shifted])
-def test_probe_refuses_what_it_cannot_reproduce(model_class: type[PreTrainedModel]) -> None:
-    model = model_class(tiny_model("llama", seed=1).config).eval()
-    with pytest.raises(UnsupportedModelError, match=f"the teacher: {model_class.__name__} does"):
+class Warmer(LlamaForCausalLM):
+    """Logits a little too large: within the looser bound of a cached bf16 forward."""
+
+    def forward(self, *args: object, **kwargs: object) -> CausalLMOutputWithPast:
+        output = super().forward(*args, **kwargs)
+        output.logits = 1.1 * output.logits
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_class", [Doubled, Shifted, Warmer])
+def test_probe_refuses_what_it_cannot_reproduce(
+    model_class: type[PreTrainedModel], dtype: torch.dtype
+) -> None:
+    model = model_class(tiny_model("llama", seed=1).config).eval().to(dtype)
+    with pytest.raises(UnsupportedModelError, match="the teacher: the output head of"):
         probe(CausalLM(model), "the teacher")
+
+
+def test_probe_refuses_positions_that_are_no_rotation() -> None:
+    """Bloom's alibi takes its positions from a 2-D mask and fails on a 4-D one."""
+    config = BloomConfig(hidden_size=16, n_head=2, n_layer=1, vocab_size=VOCAB_SIZE)
+    with pytest.raises(UnsupportedModelError, match="student: BloomForCausalLM cannot be run"):
+        probe(CausalLM(BloomForCausalLM(config).eval()), "student")
 
 
 def test_probe_refuses_not_a_number() -> None:
@@ -131,11 +150,15 @@ def test_probe_refuses_not_a_number() -> None:
 
 
 def test_other_attention_is_refused() -> None:
-    lm = CausalLM(tiny_model("llama", seed=1))
-    lm.config._attn_implementation = "flash_attention_2"
-    ids = torch.zeros(1, 1, dtype=torch.long)
+    model = tiny_model("llama", seed=1)
+    model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match="'flash_attention_2' takes no 4-D mask"):
-        lm.forward(ids, ids, lm.new_cache(4), longest=1)
+        CausalLM(model)
+
+
+def test_a_head_gives_no_more_logits_than_it_has() -> None:
+    with pytest.raises(ValueError, match="cannot give"):
+        Head(tiny_model("llama", seed=1), vocab_size=10_000)
 
 
 @pytest.mark.parametrize("kind", ["linear_attention", "chunked_attention", "conv"])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from axolotl_skd.rollout.sampling import (
     SHORTLIST,
+    NonFiniteLogitsError,
     Role,
     keyed_uniform,
     row_streams,
@@ -352,3 +353,19 @@ def test_scaling_the_logits_keeps_the_verdicts(temperature: float) -> None:
     raw = top_k_accept_mask(logits, tokens, 25)
     assert int(raw.sum()) == 25
     assert torch.equal(raw, top_k_accept_mask(logits / temperature, tokens, 25))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("vocab_size", [5, 1000])
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_nothing_is_sampled_from_broken_logits(bad: float, vocab_size: int, top_p: float) -> None:
+    logits = torch.zeros(3, vocab_size)
+    logits[1, 2] = bad
+    with pytest.raises(NonFiniteLogitsError, match="1 of 3 rows"):
+        sample_top_p(logits, 1.0, top_p, torch.full((3,), 0.5, dtype=torch.float64))
+
+
+def test_nothing_is_sampled_where_everything_is_impossible() -> None:
+    logits = torch.full((1, 300), -torch.inf)
+    with pytest.raises(NonFiniteLogitsError):
+        sample_top_p(logits, 1.0, 1.0, torch.zeros(1, dtype=torch.float64))

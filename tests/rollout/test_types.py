@@ -66,6 +66,11 @@ def test_prompts_need_room_in_every_row() -> None:
         prompts([3, 1], [5, 0])
 
 
+def test_prompts_need_one_stream_and_length_per_row() -> None:
+    with pytest.raises(ValueError, match="2 prompts, 2 streams and 1 lengths"):
+        prompts([3, 1], [5])
+
+
 @pytest.fixture
 def rollout() -> Rollout:
     """Completions of 4, 1 and 2 tokens; token 0 is a real token of row 2."""
