@@ -35,7 +35,9 @@ class RolloutWatch:
         sample, step = source._sample, trainer.training_step
 
         def watched(*args: Any) -> Rollout:
-            self.weights.append(weights(trainer))
+            # The weights that the engine samples from, wherever it has them.
+            state = sample.__self__.student.model.state_dict()
+            self.weights.append({name: value.clone() for name, value in state.items()})
             self.training.append(model.training)
             self.rollouts.append(sample(*args))
             return self.rollouts[-1]
