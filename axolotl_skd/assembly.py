@@ -44,7 +44,7 @@ def assemble(
         ConfigConflictError, teacher.TeacherError, rollout.lm.UnsupportedModelError,
         vocabulary.VocabularyError
     """
-    _refuse_lonely_ranks(trainer.accelerator.num_processes)
+    _refuse_lonely_ranks(trainer)
     student_model = base_causal_lm(trainer.accelerator.unwrap_model(trainer.model))
     _refuse_wrapped_head(student_model)
     teacher_model, shared = None, None
@@ -155,12 +155,17 @@ def on_cpu() -> bool:
     return not torch.accelerator.is_available()
 
 
-def _refuse_lonely_ranks(num_processes: int) -> None:
+def _refuse_lonely_ranks(trainer: DistillationTrainer) -> None:
     """Several launched ranks of which each believes to be the only one would train apart."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != num_processes:
+    launched, seen = int(os.environ.get("WORLD_SIZE", "1")), trainer.accelerator.num_processes
+    if launched != seen:
         raise ConfigConflictError(
-            f"{launched} ranks were launched, but each sees {num_processes}: they would train "
-            "independently of each other. On CPU ranks set ACCELERATE_USE_CPU=true in the "
-            "environment; otherwise check the launcher and its rendezvous."
+            f"{launched} ranks were launched, but each sees {seen}: they would train independently "
+            "of each other. On CPU ranks set ACCELERATE_USE_CPU=true in the environment; otherwise "
+            "check the launcher and its rendezvous."
+        )
+    if trainer.args.n_gpu > 1:
+        raise ConfigConflictError(
+            f"one process sees {trainer.args.n_gpu} GPUs, which makes torch's DataParallel of it. Use "
+            "one process per GPU (axolotl train's default launcher), or set CUDA_VISIBLE_DEVICES."
         )
