@@ -13,6 +13,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from axolotl_skd.config import Distillation
+from axolotl_skd.losses.divergences import get_divergence
+from axolotl_skd.methods import LossRecipe
 from axolotl_skd.preflight import ConfigConflictError, Preflight, check_top_k, sampling_params
 from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.lm import CausalLM, probe, rollout_mode
@@ -71,6 +73,12 @@ def assemble(
             source=_source(trainer, distillation, params, student, teacher, seed),
             student=student,
             teacher=teacher,
+            divergence=get_divergence(
+                distillation.loss.divergence,
+                beta=distillation.loss.jsd_beta,
+                alpha=distillation.loss.skew_alpha,
+                temperature=distillation.loss.loss_temperature,
+            ),
         )
     )
     return _description(trainer.processing_class, distillation, params, student, teacher, shared)
@@ -129,11 +137,23 @@ def _description(
     if teacher is not None:
         parts["teacher"] = f"{distillation.teacher.base_model}, {_parameters(teacher.model)}"
         parts["vocabulary"] = shared
+    if distillation.method_row.loss is LossRecipe.DIVERGENCE:
+        parts["loss"] = _loss(distillation)
     if distillation.method_row.rolls_out:
         stops = tokenizer.convert_ids_to_tokens(list(params.stop_token_ids))
         parts["stop set"] = dict(zip(params.stop_token_ids, stops, strict=True))
         parts["rollout"] = _settings(distillation)
     return "; ".join(f"{name}: {value}" for name, value in parts.items())
+
+
+def _loss(distillation: Distillation) -> str:
+    loss = distillation.loss
+    text = loss.divergence
+    if loss.divergence == "jsd":
+        text += f" of beta {loss.jsd_beta}"
+    elif loss.divergence.startswith("skew"):
+        text += f" of alpha {loss.skew_alpha}"
+    return text if loss.loss_temperature == 1 else f"{text} at temperature {loss.loss_temperature}"
 
 
 def _settings(distillation: Distillation) -> str:

@@ -97,6 +97,31 @@ class RolloutConfig(_Block):
     )
 
 
+class LossConfig(_Block):
+    """`distillation.loss`, of the methods whose loss is a divergence."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"] = (
+        Field("forward_kl", description="Between teacher and student, per token.")
+    )
+    jsd_beta: float = Field(0.5, description="Weight of the teacher in `jsd`, inside (0, 1).")
+    skew_alpha: float = Field(
+        0.1, gt=0, lt=1, description="Share of the first distribution in the second (`skew_*`)."
+    )
+    loss_temperature: float = Field(
+        1.0, gt=0, description="Divides both models' logits in the loss; no factor of its square."
+    )
+
+    @field_validator("jsd_beta")
+    @classmethod
+    def _inside(cls, beta: float) -> float:
+        if not 0 < beta < 1:
+            # TRL and others mean the KLs by these; here the limit of the JSD would be zero.
+            limit = {0: "divergence: forward_kl", 1: "divergence: reverse_kl"}.get(beta)
+            hint = f" What others call beta = {beta:g} is {limit}." if limit else ""
+            raise ValueError(f"jsd_beta must lie inside (0, 1), got {beta:g}.{hint}")
+        return beta
+
+
 class EvalConfig(_Block):
     """`distillation.eval`"""
 
@@ -114,6 +139,7 @@ class Distillation(_Block):
     method: str = Field("skd", description="A row of the method table.")
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="The frozen teacher.")
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="How to sample.")
+    loss: LossConfig = Field(default_factory=LossConfig, description="What is learned.")
     eval: EvalConfig | None = Field(None, description="Bundled evaluation before and after.")
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Seed of the rollouts; default Axolotl's `seed`."

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from axolotl_skd.data import IGNORE_INDEX, SAMPLE_ID_COLUMN
-from axolotl_skd.losses.divergences import cross_entropy, forward_kl
+from axolotl_skd.losses.divergences import Divergence, cross_entropy
 from axolotl_skd.losses.fused import TeacherTargets, TokenLoss, chunk_size, fused_token_loss
 from axolotl_skd.methods import LossRecipe, Method, get_method
 from axolotl_skd.metrics import Counters
@@ -43,11 +43,13 @@ class Distiller:
         source: where completions come from.
         student: view of the unwrapped student.
         teacher: view of the frozen teacher, None for methods without one.
+        divergence: between teacher and student, for methods that learn distributions.
     """
 
     source: CompletionSource
     student: CausalLM
     teacher: CausalLM | None
+    divergence: Divergence
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -163,8 +165,9 @@ class DistillationCore(Trainer):
         if self.method.loss is LossRecipe.CROSS_ENTROPY:
             token_ids = inputs["labels"][:, 1:][predicted]
             return lambda logits, part: cross_entropy(logits, token_ids[part])
+        divergence = self._attached().divergence
         targets = self._teacher_targets(inputs, predicted)
-        return lambda logits, part: forward_kl(logits, targets.logits(part).to(logits.device))
+        return lambda logits, part: divergence(logits, targets.logits(part).to(logits.device))
 
     def _teacher_targets(self, inputs: Batch, predicted: Tensor) -> TeacherTargets:
         """Stored at verification, or from one forward without gradient."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -22,10 +22,12 @@ from axolotl_skd.config import (
     Distillation,
     DistillationArgs,
     EvalConfig,
+    LossConfig,
     RolloutConfig,
     TeacherConfig,
     read_distillation,
 )
+from axolotl_skd.losses.divergences import DIVERGENCES
 from tests.helpers import save_pair
 
 MINIMAL: dict[str, Any] = {"teacher": {"base_model": "some/teacher"}}
@@ -162,7 +164,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(keys: Any, wrong: str, near
 @pytest.mark.parametrize(
     "keys",
     [
-        {"loss": {"divergence": "jsd"}},
+        {"loss": {"kd_weight": 1.0}},
         {"lmbda": 0.5},
         {"switch_at": 0.5},
         {"teacher": {"base_model": "t", "adapter": "x"}},
@@ -251,7 +253,7 @@ open(sys.argv[1], "w").write(json.dumps(answers))
 
 BAD_BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"rollout": {"teacher_topk": 3}}, "Did you mean 'teacher_top_k'?"),
-    "not implemented": ({"loss": {"divergence": "jsd"}}, "unknown key 'loss'"),
+    "not implemented": ({"loss": {"kd_weight": 1.0}}, "unknown key 'kd_weight'"),
     "unknown method": ({"method": "sdk"}, "Did you mean 'skd'?"),
     "bound": ({"rollout": {"student_top_p": 1.5}}, "distillation.rollout.student_top_p"),
     "no teacher": ({"teacher": {}}, "distillation.teacher.base_model is not set"),
@@ -307,3 +309,16 @@ def test_axolotl_refuses_a_bad_block_in_our_words(
     name: str, loaded: dict[str, dict[str, Any]]
 ) -> None:
     assert BAD_BLOCKS[name][1] in loaded[name]["error"]
+
+
+@pytest.mark.parametrize(
+    ("beta", "hint"), [(0, "divergence: forward_kl"), (1, "divergence: reverse_kl"), (1.5, "")]
+)
+def test_jsd_beta_lies_inside_and_names_what_others_mean(beta: float, hint: str) -> None:
+    with pytest.raises(ValidationError, match=f"jsd_beta must lie inside.*{hint}"):
+        LossConfig(divergence="jsd", jsd_beta=beta)
+
+
+def test_the_divergences_of_the_schema_are_those_of_the_table() -> None:
+    names = get_args(LossConfig.model_fields["divergence"].annotation)
+    assert set(names) == set(DIVERGENCES)

@@ -91,6 +91,18 @@ def test_loss_is_the_token_mean_of_the_reference(pair: Path, tmp_path: Path, met
     assert logged == pytest.approx(means, abs=1e-4)
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"])
+def test_a_step_with_every_divergence(pair: Path, tmp_path: Path, divergence: str) -> None:
+    """Trains, with a loss and gradient of its own (forward KL is the default elsewhere)."""
+    config = base_config(pair, max_steps=2)
+    config["distillation"]["loss"] = {"divergence": divergence, "loss_temperature": 2.0}
+    trainer = run_training(config, tmp_path)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert all(0 < line["loss"] < 20 and 0 < line["grad_norm"] < 1e3 for line in lines)
+    default = run_training(base_config(pair, max_steps=1), tmp_path / "default")
+    assert default.state.log_history[0]["loss"] != pytest.approx(lines[0]["loss"], rel=1e-3)
+
+
 def test_skd_makes_no_teacher_forward_beyond_its_rollout(pair: Path, tmp_path: Path) -> None:
     """One prefill and one verification per round, nothing in the training forward."""
     forwards, expected = [0], [0]
