@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from axolotl_skd.config import Distillation
 from axolotl_skd.losses.divergences import get_divergence
-from axolotl_skd.methods import LossRecipe
+from axolotl_skd.methods import LossRecipe, Share
 from axolotl_skd.preflight import ConfigConflictError, Preflight, check_top_k, sampling_params
 from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.lm import CausalLM, probe, rollout_mode
@@ -74,7 +74,7 @@ def assemble(
             student=student,
             teacher=teacher,
             divergence=get_divergence(
-                distillation.loss.divergence,
+                distillation.divergence,
                 beta=distillation.loss.jsd_beta,
                 alpha=distillation.loss.skew_alpha,
                 temperature=distillation.loss.loss_temperature,
@@ -104,12 +104,23 @@ def _source(
     collator = trainer.train_data_collator
     return RolloutSource(
         samplers[method.source],
+        method.source,
         params,
+        share=_share(distillation),
         max_new_tokens=distillation.rollout.max_new_tokens,
         seed=seed if distillation.seed is None else distillation.seed,
         pad_token_id=collator.pad_token_id,
         pad_to_multiple_of=collator.pad_to_multiple_of,
     )
+
+
+def _share(distillation: Distillation) -> Callable[[float], float]:
+    """Probability that a sequence is rolled out, by the share of steps done."""
+    rule = distillation.method_row.share
+    if rule is Share.LATE:
+        return lambda progress: float(progress >= distillation.switch_at)
+    constant = {Share.ALL: 1.0, Share.HALF: 0.5, Share.LMBDA: distillation.lmbda}[rule]
+    return lambda _progress: constant
 
 
 def _refuse_wrapped_head(model: nn.Module) -> None:
@@ -147,11 +158,10 @@ def _description(
 
 
 def _loss(distillation: Distillation) -> str:
-    loss = distillation.loss
-    text = loss.divergence
-    if loss.divergence == "jsd":
+    loss, text = distillation.loss, distillation.divergence
+    if text == "jsd":
         text += f" of beta {loss.jsd_beta}"
-    elif loss.divergence.startswith("skew"):
+    elif text.startswith("skew"):
         text += f" of alpha {loss.skew_alpha}"
     return text if loss.loss_temperature == 1 else f"{text} at temperature {loss.loss_temperature}"
 

@@ -100,9 +100,9 @@ class RolloutConfig(_Block):
 class LossConfig(_Block):
     """`distillation.loss`, of the methods whose loss is a divergence."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"] = (
-        Field("forward_kl", description="Between teacher and student, per token.")
-    )
+    divergence: (
+        Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"] | None
+    ) = Field(None, description="Default the method's: `jsd` for `gkd`, else `forward_kl`.")
     jsd_beta: float = Field(0.5, description="Weight of the teacher in `jsd`, inside (0, 1).")
     skew_alpha: float = Field(
         0.1, gt=0, lt=1, description="Share of the first distribution in the second (`skew_*`)."
@@ -137,6 +137,15 @@ class Distillation(_Block):
     """The whole `distillation:` block."""
 
     method: str = Field("skd", description="A row of the method table.")
+    lmbda: float = Field(
+        0.5, ge=0, le=1, description="`gkd`, `mixed_skd`: share of sequences rolled out."
+    )
+    switch_at: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="`two_stage`: share of the steps on the data set's completions.",
+    )
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="The frozen teacher.")
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="How to sample.")
     loss: LossConfig = Field(default_factory=LossConfig, description="What is learned.")
@@ -163,6 +172,11 @@ class Distillation(_Block):
     @property
     def method_row(self) -> Method:
         return get_method(self.method)
+
+    @property
+    def divergence(self) -> str:
+        """As set, else the method's."""
+        return self.loss.divergence or self.method_row.divergence
 
 
 class DistillationArgs(BaseModel):

@@ -1,7 +1,7 @@
 """The table of methods: what trains on which completions, with which loss.
 
-A method is a completion source times a loss recipe (SKD paper, sections 2 and 3). Adding one is
-adding a row here.
+A method is a completion source, a share of rows that it completes, and a loss recipe (SKD paper,
+sections 2, 3 and 5.5). Adding one is adding a row here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,15 @@ class LossRecipe(str, Enum):
     DIVERGENCE = "divergence"  # the teacher's whole distribution
 
 
+class Share(str, Enum):
+    """Which rows get a completion from the source; the others keep the data set's."""
+
+    ALL = "all"
+    HALF = "half"  # a fair coin per sequence
+    LMBDA = "lmbda"  # a coin of probability `distillation.lmbda` per sequence
+    LATE = "late"  # none before `distillation.switch_at` of all steps, then all
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One row of the table.
@@ -28,11 +37,15 @@ class Method:
         source: where completions come from.
         loss: what is learned on them.
         summary: one line for people.
+        share: which rows the source completes.
+        divergence: the default of `distillation.loss.divergence`.
     """
 
     source: Source
     loss: LossRecipe
     summary: str
+    share: Share = Share.ALL
+    divergence: str = "forward_kl"
 
     @property
     def needs_teacher(self) -> bool:
@@ -44,7 +57,7 @@ class Method:
     @property
     def needs_completions(self) -> bool:
         """Does training read the data set's own completions?"""
-        return self.source is Source.DATASET
+        return self.source is Source.DATASET or self.share is not Share.ALL
 
     @property
     def rolls_out(self) -> bool:
@@ -62,6 +75,31 @@ METHODS: dict[str, Method] = {
     ),
     "supervised_kd": Method(
         Source.DATASET, LossRecipe.DIVERGENCE, "divergence on the data set's completions"
+    ),
+    "imitkd": Method(
+        Source.STUDENT,
+        LossRecipe.DIVERGENCE,
+        "per sequence a fair coin: the student's completion or the data set's",
+        share=Share.HALF,
+    ),
+    "gkd": Method(
+        Source.STUDENT,
+        LossRecipe.DIVERGENCE,
+        "the student's completion with probability lmbda, else the data set's",
+        share=Share.LMBDA,
+        divergence="jsd",
+    ),
+    "mixed_skd": Method(
+        Source.INTERLEAVED,
+        LossRecipe.DIVERGENCE,
+        "an interleaved completion with probability lmbda, else the data set's",
+        share=Share.LMBDA,
+    ),
+    "two_stage": Method(
+        Source.STUDENT,
+        LossRecipe.DIVERGENCE,
+        "the data set's completions first, after switch_at of the steps the student's",
+        share=Share.LATE,
     ),
     "seqkd": Method(
         Source.TEACHER, LossRecipe.CROSS_ENTROPY, "fine-tuning on the teacher's completions"

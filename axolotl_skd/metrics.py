@@ -46,28 +46,29 @@ class Counters:
         }
 
 
-def rollout_metrics(rollout: Rollout, seconds: float) -> dict[str, Ratio]:
-    """What a rollout says of itself.
+def rollout_metrics(rollout: Rollout | None, source: Source, seconds: float) -> dict[str, Ratio]:
+    """What a rollout says of itself; the same names where no row of the window was rolled out.
 
     Without a bonus token every committed token of an interleaved rollout is one verified proposal,
     kept or replaced; proposals behind the first rejected one are never verified.
 
     Args:
-        rollout: of one accumulation window.
+        rollout: of one accumulation window, None if it has none.
+        source: which model(s) would have sampled.
         seconds: wall-clock time that it took on this rank.
     """
-    rows = len(rollout.finish_reasons)
-    tokens = int(rollout.completion_mask.sum())
-    metrics = {
+    rows = tokens = truncated = accepted = proposed = 0
+    if rollout is not None:
+        rows, tokens = len(rollout.finish_reasons), int(rollout.completion_mask.sum())
+        truncated = int((rollout.finish_reasons == FinishReason.LENGTH).sum())
+        accepted, proposed = int(rollout.accepted_mask.sum()), int(rollout.num_proposed.sum())
+    metrics: dict[str, Ratio] = {
         "rollout/length": (tokens, rows),
-        "rollout/truncated_share": (
-            int((rollout.finish_reasons == FinishReason.LENGTH).sum()),
-            rows,
-        ),
+        "rollout/truncated_share": (truncated, rows),
         "rollout/tokens_per_second": (tokens, seconds),
         "rollout/seconds": (seconds, 1),
     }
-    if rollout.source is Source.INTERLEAVED:
-        metrics["skd/acceptance_rate"] = (int(rollout.accepted_mask.sum()), tokens)
-        metrics["rollout/draft_efficiency"] = (tokens, int(rollout.num_proposed.sum()))
+    if source is Source.INTERLEAVED:
+        metrics["skd/acceptance_rate"] = (accepted, tokens)
+        metrics["rollout/draft_efficiency"] = (tokens, proposed)
     return metrics

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from axolotl_skd.data import pad_rows
 from axolotl_skd.metrics import Ratio, rollout_metrics
-from axolotl_skd.rollout.sampling import row_streams
-from axolotl_skd.rollout.types import Prompts, Rollout, SamplingParams
+from axolotl_skd.rollout.sampling import Role, keyed_uniform, row_streams
+from axolotl_skd.rollout.types import Prompts, Rollout, SamplingParams, Source
 
 Batch = dict[str, Any]
 """`DistillationCollator`'s batch, plus `stored_hidden` where a rollout kept the teacher's states."""
@@ -27,38 +27,55 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class StoredHidden:
-    """Teacher states [N, H] that predict a micro-batch's completion tokens, row by row.
+    """What verification knew of a micro-batch's completion tokens.
 
-    A record rather than a bare tensor, so that nobody who prepares inputs casts or moves it.
+    A record rather than bare tensors, so that nobody who prepares inputs casts or moves them.
+
+    Attributes:
+        states: [n, H], the teacher's states that predict the tokens of the rows in `rows`, in order.
+        rows: bool [B] on the CPU, True where the row was verified.
     """
 
     states: Tensor
+    rows: Tensor
 
 
 class CompletionSource(Protocol):
     def complete(
-        self, batches: Sequence[Batch], epoch: int
+        self, batches: Sequence[Batch], epoch: int, progress: float
     ) -> tuple[list[Batch], dict[str, Ratio]]:
-        """The batches to train on, and what to log about how they came to be."""
+        """The batches to train on, and what to log about how they came to be.
+
+        Args:
+            batches: one accumulation window, as collated.
+            epoch: of the window.
+            progress: share of all optimizer steps that are done.
+        """
 
 
 class DatasetSource:
     """The data set's own completions, as collated."""
 
     def complete(
-        self, batches: Sequence[Batch], epoch: int
+        self, batches: Sequence[Batch], epoch: int, progress: float
     ) -> tuple[list[Batch], dict[str, Ratio]]:
         return list(batches), {}
 
 
 class RolloutSource:
-    """Completions sampled on the spot, one ragged batch for all micro-batches of the window."""
+    """Completions sampled on the spot, one ragged batch for all micro-batches of the window.
+
+    A share of the rows may keep the data set's completion instead; a coin per sequence, keyed like
+    the samples themselves, so the same on any number of ranks and after resuming.
+    """
 
     def __init__(
         self,
         sample: Callable[[Prompts, SamplingParams], Rollout],
+        source: Source,
         params: SamplingParams,
         *,
+        share: Callable[[float], float],
         max_new_tokens: int,
         seed: int,
         pad_token_id: int,
@@ -67,60 +84,78 @@ class RolloutSource:
         """
         Args:
             sample: one of the engine's samplers.
+            source: which model(s) it samples from.
             params: how to sample.
+            share: probability that a sequence is rolled out, by the share of steps done.
             max_new_tokens: longest completion.
             seed: of the keyed random numbers.
             pad_token_id, pad_to_multiple_of: as in `pad_rows`.
         """
-        self.params = params
         self._sample = sample
+        self._source = source
+        self._params = params
+        self._share = share
         self._max_new_tokens = max_new_tokens
         self._seed = seed
         self._pad_token_id = pad_token_id
         self._pad_to_multiple_of = pad_to_multiple_of
 
     def complete(
-        self, batches: Sequence[Batch], epoch: int
+        self, batches: Sequence[Batch], epoch: int, progress: float
     ) -> tuple[list[Batch], dict[str, Ratio]]:
         started = time.perf_counter()
-        prompts = self._prompts(batches, epoch)
-        rollout = self._sample(prompts, self.params)
+        streams = [row_streams(self._seed, epoch, batch["sample_ids"]) for batch in batches]
+        chosen = [self._choose(rows, progress) for rows in streams]
+        rollout = self._roll_out(batches, streams, chosen)
         completed, start = [], 0
-        for batch in batches:
-            stop = start + len(batch["sample_ids"])
-            part = rollout.select(start, stop)
-            completed.append(self._batch(prompts.ids[start:stop], part, batch))
+        for batch, rows in zip(batches, chosen, strict=True):
+            stop = start + int(rows.sum())
+            part = rollout.select(start, stop) if stop > start else None
+            completed.append(self._batch(batch, rows, part))
             start = stop
-        return completed, rollout_metrics(rollout, time.perf_counter() - started)
+        metrics = rollout_metrics(rollout, self._source, time.perf_counter() - started)
+        metrics["rollout/share"] = (start, sum(len(rows) for rows in chosen))
+        return completed, metrics
 
-    def _prompts(self, batches: Sequence[Batch], epoch: int) -> Prompts:
-        ids = tuple(
-            row[:length]
-            for batch in batches
-            for row, length in zip(
-                batch["input_ids"], batch["prompt_lengths"].tolist(), strict=True
-            )
-        )
-        sample_ids = torch.cat([batch["sample_ids"] for batch in batches])
-        return Prompts(
-            ids=ids,
-            streams=row_streams(self._seed, epoch, sample_ids),
-            max_new_tokens=torch.full_like(sample_ids, self._max_new_tokens),
-        )
+    def _choose(self, streams: Tensor, progress: float) -> Tensor:
+        """Which rows are rolled out, bool [B] on the CPU."""
+        coins = keyed_uniform(streams, torch.zeros_like(streams), Role.SOURCE)
+        return (coins < self._share(progress)).cpu()
 
-    def _batch(self, prompt_ids: Sequence[Tensor], rollout: Rollout, batch: Batch) -> Batch:
-        rows = [
-            torch.cat([prompt, rollout.row(index).to(prompt.device)])
-            for index, prompt in enumerate(prompt_ids)
-        ]
-        lengths = [len(prompt) for prompt in prompt_ids]
-        rolled_out: Batch = {
-            **pad_rows(rows, lengths, self._pad_token_id, self._pad_to_multiple_of),
+    def _roll_out(
+        self, batches: Sequence[Batch], streams: Sequence[Tensor], chosen: Sequence[Tensor]
+    ) -> Rollout | None:
+        ids, keys = [], []
+        for batch, stream, rows in zip(batches, streams, chosen, strict=True):
+            lengths = batch["prompt_lengths"].tolist()
+            ids += [batch["input_ids"][row, : lengths[row]] for row in _indices(rows)]
+            keys.append(stream[rows.to(stream.device)])
+        if not ids:
+            return None
+        key = torch.cat(keys)
+        prompts = Prompts(tuple(ids), key, torch.full_like(key, self._max_new_tokens))
+        return self._sample(prompts, self._params)
+
+    def _batch(self, batch: Batch, chosen: Tensor, rollout: Rollout | None) -> Batch:
+        """A micro-batch with new completions in the chosen rows, in one padding."""
+        prompt_lengths = batch["prompt_lengths"].tolist()
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        rows = [row[:length] for row, length in zip(batch["input_ids"], lengths, strict=True)]
+        for index, row in enumerate(_indices(chosen)):
+            completion = rollout.row(index).to(rows[row].device)
+            rows[row] = torch.cat([rows[row][: prompt_lengths[row]], completion])
+        completed: Batch = {
+            **pad_rows(rows, prompt_lengths, self._pad_token_id, self._pad_to_multiple_of),
             "prompt_lengths": batch["prompt_lengths"],
             "sample_ids": batch["sample_ids"],
         }
-        hidden = rollout.teacher_hidden
+        hidden = None if rollout is None else rollout.teacher_hidden
         if hidden is not None:
             mask = rollout.completion_mask.to(hidden.device)
-            rolled_out["stored_hidden"] = StoredHidden(hidden[mask])
-        return rolled_out
+            completed["stored_hidden"] = StoredHidden(hidden[mask], chosen)
+        return completed
+
+
+def _indices(rows: Tensor) -> list[int]:
+    """Positions of True, bool [B] -> ints."""
+    return rows.nonzero()[:, 0].tolist()

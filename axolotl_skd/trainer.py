@@ -90,11 +90,12 @@ class DistillationCore(Trainer):
     def _complete(self, batches: list[Batch]) -> tuple[list[Batch], dict[str, Any]]:
         distiller = self._attached()
         epoch = int(self.state.epoch or 0)
+        progress = self.state.global_step / self.state.max_steps
         with ExitStack() as stack:
             if self.method.rolls_out:
                 stack.enter_context(rollout_mode(distiller.student.model))
                 stack.enter_context(self.accelerator.autocast())
-            return distiller.source.complete(batches, epoch)
+            return distiller.source.complete(batches, epoch, progress)
 
     # Loss
 
@@ -170,19 +171,35 @@ class DistillationCore(Trainer):
         return lambda logits, part: divergence(logits, targets.logits(part).to(logits.device))
 
     def _teacher_targets(self, inputs: Batch, predicted: Tensor) -> TeacherTargets:
-        """Stored at verification, or from one forward without gradient."""
+        """Stored at verification; where it was not, from one forward without gradient."""
         teacher = self._attached().teacher
         stored = inputs.get("stored_hidden")
-        if stored is not None:
+        if stored is None:
+            every = torch.ones(len(predicted), dtype=torch.bool)
+            return TeacherTargets(self._teacher_hidden(inputs, predicted, every), teacher.head)
+        if stored.rows.all():
             return TeacherTargets(stored.states, teacher.head)
+        # Rows of both kinds: each token's state to its place, row by row.
+        hidden = stored.states.new_empty(int(predicted.sum()), stored.states.shape[1])
+        verified = stored.rows.to(predicted.device)[predicted.nonzero()[:, 0]].to(hidden.device)
+        hidden[verified] = stored.states
+        hidden[~verified] = self._teacher_hidden(inputs, predicted, ~stored.rows)
+        return TeacherTargets(hidden, teacher.head)
+
+    def _teacher_hidden(self, inputs: Batch, predicted: Tensor, rows: Tensor) -> Tensor:
+        """The teacher's states [n, H] that predict the tokens of some rows (bool [B])."""
+        teacher = self._attached().teacher
+
+        def part(values: Tensor) -> Tensor:
+            return values[rows.to(values.device)].to(teacher.device)
+
         with torch.no_grad(), self.accelerator.autocast():
             output = teacher.decoder(
-                input_ids=inputs["input_ids"].to(teacher.device),
-                attention_mask=inputs["attention_mask"].to(teacher.device),
+                input_ids=part(inputs["input_ids"]),
+                attention_mask=part(inputs["attention_mask"]),
                 use_cache=False,
             )
-        hidden = output.last_hidden_state[:, :-1][predicted.to(teacher.device)]
-        return TeacherTargets(hidden, teacher.head)
+        return output.last_hidden_state[:, :-1][part(predicted)]
 
     def _refuse_non_finite(self, losses: Tensor, rows: Tensor, inputs: Batch) -> None:
         bad = ~losses.isfinite()

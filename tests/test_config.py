@@ -28,6 +28,7 @@ from axolotl_skd.config import (
     read_distillation,
 )
 from axolotl_skd.losses.divergences import DIVERGENCES
+from axolotl_skd.methods import METHODS
 from tests.helpers import save_pair
 
 MINIMAL: dict[str, Any] = {"teacher": {"base_model": "some/teacher"}}
@@ -165,8 +166,6 @@ def test_an_unknown_key_is_answered_with_the_nearest(keys: Any, wrong: str, near
     "keys",
     [
         {"loss": {"kd_weight": 1.0}},
-        {"lmbda": 0.5},
-        {"switch_at": 0.5},
         {"teacher": {"base_model": "t", "adapter": "x"}},
         {"rollout": {"bonus_token": True}},
         {"rollout": {"accept": "top_p"}},
@@ -320,5 +319,6 @@ def test_jsd_beta_lies_inside_and_names_what_others_mean(beta: float, hint: str)
 
 
 def test_the_divergences_of_the_schema_are_those_of_the_table() -> None:
-    names = get_args(LossConfig.model_fields["divergence"].annotation)
-    assert set(names) == set(DIVERGENCES)
+    literal, _none = get_args(LossConfig.model_fields["divergence"].annotation)
+    assert set(get_args(literal)) == set(DIVERGENCES)
+    assert {row.divergence for row in METHODS.values()} <= set(DIVERGENCES)

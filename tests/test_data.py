@@ -345,7 +345,7 @@ def test_validation_rows_are_dropped_without_touching_the_steps() -> None:
 
 @pytest.mark.parametrize(
     ("method", "training_needs_completions"),
-    [("skd", False), ("seqkd", False), ("supervised_kd", True), ("sft", True)],
+    [("skd", False), ("seqkd", False), ("supervised_kd", True), ("sft", True), ("gkd", True)],
 )
 def test_which_sets_need_completions(method: str, training_needs_completions: bool) -> None:
     bare = rows(GOOD, feature([1], []))

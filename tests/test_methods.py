@@ -14,6 +14,10 @@ EXPECTED = {
     "skd": (Source.INTERLEAVED, LossRecipe.DIVERGENCE, True, False, True),
     "on_policy_kd": (Source.STUDENT, LossRecipe.DIVERGENCE, True, False, True),
     "supervised_kd": (Source.DATASET, LossRecipe.DIVERGENCE, True, True, False),
+    "imitkd": (Source.STUDENT, LossRecipe.DIVERGENCE, True, True, True),
+    "gkd": (Source.STUDENT, LossRecipe.DIVERGENCE, True, True, True),
+    "mixed_skd": (Source.INTERLEAVED, LossRecipe.DIVERGENCE, True, True, True),
+    "two_stage": (Source.STUDENT, LossRecipe.DIVERGENCE, True, True, True),
     "seqkd": (Source.TEACHER, LossRecipe.CROSS_ENTROPY, True, False, True),
     "sft": (Source.DATASET, LossRecipe.CROSS_ENTROPY, False, True, False),
 }
@@ -32,7 +36,8 @@ def test_rows_can_not_be_changed() -> None:
 
 
 def test_rows_differ_and_describe_themselves() -> None:
-    assert len({(row.source, row.loss) for row in METHODS.values()}) == len(METHODS)
+    kinds = {(row.source, row.loss, row.share, row.divergence) for row in METHODS.values()}
+    assert len(kinds) == len(METHODS)
     summaries = [row.summary for row in METHODS.values()]
     assert all(summaries) and len(set(summaries)) == len(METHODS)
 

@@ -35,7 +35,7 @@ def alone(values: Tensor) -> Tensor:
 
 def values(rollout: Rollout, seconds: float = 2.0) -> dict[str, float]:
     counters = Counters()
-    counters.add(rollout_metrics(rollout, seconds))
+    counters.add(rollout_metrics(rollout, rollout.source, seconds))
     return counters.pop(alone, CPU)
 
 
@@ -83,7 +83,7 @@ def test_ranks_are_summed_before_dividing() -> None:
 def test_equal_ranks_change_nothing() -> None:
     once, twice = Counters(), Counters()
     for counters in (once, twice):
-        counters.add(rollout_metrics(ROLLOUT, 2.0))
+        counters.add(rollout_metrics(ROLLOUT, ROLLOUT.source, 2.0))
     assert once.pop(alone, CPU) == pytest.approx(twice.pop(lambda local: 2 * local, CPU))
 
 
@@ -107,3 +107,14 @@ def test_a_count_of_zero_is_left_out() -> None:
     counters = Counters()
     counters.add({"rate": (0, 0), "length": (4, 2)})
     assert counters.pop(alone, CPU) == {"length": 2.0}
+
+
+def test_a_window_without_rollouts_has_the_same_names() -> None:
+    """Ranks add their counters name by name, also when one of them rolled nothing out."""
+    nothing = rollout_metrics(None, Source.INTERLEAVED, 0.25)
+    assert nothing.keys() == rollout_metrics(ROLLOUT, Source.INTERLEAVED, 2.0).keys()
+    counters = Counters()
+    counters.add(nothing)
+    assert counters.pop(alone, CPU) == pytest.approx(
+        {"rollout/tokens_per_second": 0.0, "rollout/seconds": 0.25}
+    )

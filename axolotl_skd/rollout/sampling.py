@@ -32,6 +32,7 @@ class Role(IntEnum):
 
     STUDENT = 0
     TEACHER = 1
+    SOURCE = 4  # whether a sequence is rolled out at all; 2 and 3 are kept for acceptance and gates
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

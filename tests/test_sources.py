@@ -1,0 +1,122 @@
+"""Mixed windows: which rows are rolled out, by a keyed coin, and what becomes of the others."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from axolotl_skd.data import IGNORE_INDEX, pad_rows
+from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
+from axolotl_skd.sources import RolloutSource
+
+PARAMS = SamplingParams(3, 2, 1.0, 1.0, 1.0, 1.0, (2,))
+COMPLETION = [90, 91, 92]
+HIDDEN = 4
+
+
+def echo(prompts: Prompts, _params: SamplingParams) -> Rollout:
+    """Completes every prompt with as many tokens of COMPLETION as its length modulo 3, plus one."""
+    rows = len(prompts.ids)
+    lengths = torch.tensor([len(ids) % 3 + 1 for ids in prompts.ids])
+    mask = torch.arange(3) < lengths[:, None]
+    ids = torch.tensor([COMPLETION] * rows) * mask
+    hidden = torch.stack([torch.full((3, HIDDEN), float(len(ids))) for ids in prompts.ids])
+    return Rollout(
+        completion_ids=ids,
+        completion_mask=mask,
+        accepted_mask=mask,
+        proposed_ids=ids,
+        teacher_hidden=hidden,
+        finish_reasons=torch.full((rows,), int(FinishReason.LENGTH)),
+        num_proposed=lengths,
+        source=Source.INTERLEAVED,
+        num_rounds=1,
+    )
+
+
+def source(share: float) -> RolloutSource:
+    return RolloutSource(
+        echo,
+        Source.INTERLEAVED,
+        PARAMS,
+        share=lambda _progress: share,
+        max_new_tokens=3,
+        seed=5,
+        pad_token_id=0,
+        pad_to_multiple_of=None,
+    )
+
+
+def batch(sample_ids: list[int]) -> dict[str, Any]:
+    """Row i has a prompt of i % 4 + 1 tokens and a completion of two."""
+    lengths = [i % 4 + 1 for i in sample_ids]
+    rows = [torch.arange(10, 10 + length + 2) for length in lengths]
+    return {
+        **pad_rows(rows, lengths, 0, None),
+        "prompt_lengths": torch.tensor(lengths),
+        "sample_ids": torch.tensor(sample_ids),
+    }
+
+
+def tokens(completed: dict[str, Any], row: int) -> tuple[list[int], list[int]]:
+    """Prompt and completion of a row, the latter by its labels."""
+    kept = int(completed["attention_mask"][row].sum())
+    start = int(completed["prompt_lengths"][row])
+    labels = completed["labels"][row]
+    assert (labels[:start] == IGNORE_INDEX).all() and (labels[kept:] == IGNORE_INDEX).all()
+    return completed["input_ids"][row, :start].tolist(), labels[start:kept].tolist()
+
+
+def rolled_out(completed: dict[str, Any]) -> Tensor:
+    return torch.tensor(
+        [tokens(completed, row)[1][0] == 90 for row in range(len(completed["sample_ids"]))]
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_rows_are_rolled_out_or_kept_as_they_are(share: float) -> None:
+    window = [batch([0, 1, 2]), batch([3, 4, 5, 6])]
+    completed, metrics = source(share).complete(window, epoch=0, progress=0.0)
+    count = 0
+    for before, after in zip(window, completed, strict=True):
+        states = after.get("stored_hidden")
+        expected_states = []
+        for row, new in enumerate(rolled_out(after).tolist()):
+            prompt, completion = tokens(after, row)
+            assert prompt == tokens(before, row)[0]
+            expected = COMPLETION[: len(prompt) % 3 + 1] if new else tokens(before, row)[1]
+            assert completion == expected
+            if new:
+                expected_states += [[float(len(prompt))] * HIDDEN] * len(completion)
+                count += 1
+        assert (states is None) == (not expected_states)
+        if states is not None:
+            assert states.states.tolist() == expected_states
+            assert torch.equal(states.rows, rolled_out(after))
+    assert metrics["rollout/share"] == (count, 7)
+    assert {0.0: count == 0, 0.5: 0 < count < 7, 1.0: count == 7}[share]
+
+
+def test_the_coin_belongs_to_the_sample() -> None:
+    """The same verdict in any batch, so on any rank and after resuming; another in another epoch."""
+    ids = list(range(200))
+    whole = rolled_out(source(0.5).complete([batch(ids)], 0, 0.0)[0][0])
+    shuffled = torch.randperm(200, generator=torch.Generator().manual_seed(0)).tolist()
+    parts = [batch(shuffled[:70]), batch(shuffled[70:])]
+    apart = torch.cat([rolled_out(part) for part in source(0.5).complete(parts, 0, 0.0)[0]])
+    assert torch.equal(whole[shuffled], apart)
+    later = rolled_out(source(0.5).complete([batch(ids)], 1, 0.0)[0][0])
+    assert not torch.equal(whole, later)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.8])
+def test_the_share_is_the_probability(share: float) -> None:
+    """Hoeffding: a fair coin of this probability fails with probability below 1e-9."""
+    count = 4000
+    chosen = rolled_out(source(share).complete([batch(list(range(count)))], 3, 0.0)[0][0])
+    bound = math.sqrt(math.log(2 / 1e-9) / (2 * count))
+    assert abs(float(chosen.double().mean()) - share) < bound
