@@ -1,4 +1,4 @@
-"""From tokenised rows to prompts and completions: splitting, checking, collating.
+"""From tokenised rows to prompts and completions: splitting, identifying, padding, collating.
 
 A row's completion is its last trained span (labels != -100), its prompt all before it. Nothing here
 runs a model, so the collator can work in dataloader processes.
@@ -9,29 +9,16 @@ Legend: B rows, L longest row, P_b prompt length, T_b completion length.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from axolotl.common.datasets import TrainDatasetMeta
-from axolotl.utils.logging import get_logger
-from axolotl.utils.trainer import calculate_total_num_steps
-from datasets import Dataset
 from torch import Tensor
-
-from axolotl_skd.config import Distillation
-
-LOG = get_logger(__name__)
 
 IGNORE_INDEX = -100
 SAMPLE_ID_COLUMN = "sample_id"
-
-
-class DataError(ValueError):
-    """Rows that cannot be distilled on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,134 +116,3 @@ class DistillationCollator:
             "prompt_lengths": torch.tensor(starts),
             "sample_ids": torch.tensor(ids),
         }
-
-
-def checked_datasets(
-    cfg: Any,
-    meta: TrainDatasetMeta,
-    distillation: Distillation,
-    stop_ids: Sequence[int],
-) -> TrainDatasetMeta:
-    """Axolotl's data sets without the rows that cannot be used, and the step count that follows.
-
-    Raises:
-        DataError: see `check_rows`.
-    """
-
-    def check(dataset: Dataset, name: str, needs_completion: bool) -> Dataset:
-        return check_rows(
-            dataset,
-            name=name,
-            max_prompt_tokens=distillation.rollout.max_prompt_tokens,
-            needs_completion=needs_completion,
-            stop_ids=stop_ids,
-        )
-
-    train = check(meta.train_dataset, "training", distillation.method_row.needs_completions)
-    # The validation loss is taken on the set's own completions, whatever the method.
-    validation = meta.eval_dataset and check(meta.eval_dataset, "validation", True)
-    steps = meta.total_num_steps
-    if len(train) < len(meta.train_dataset):
-        steps = calculate_total_num_steps(cfg, train)
-        steps = min(steps, cfg.max_steps) if cfg.max_steps else steps
-    return TrainDatasetMeta(train, validation, steps)
-
-
-def check_rows(
-    dataset: Dataset,
-    *,
-    name: str,
-    max_prompt_tokens: int,
-    needs_completion: bool,
-    stop_ids: Sequence[int],
-) -> Dataset:
-    """Refuse rows that cannot be used, drop those whose prompt is too long, say what was found.
-
-    Args:
-        dataset: tokenised rows (input_ids, labels).
-        name: how to call it in messages ("training" or "validation").
-        max_prompt_tokens: longest prompt that is kept.
-        needs_completion: whether a row without a trained token is an error.
-        stop_ids: the stop set; completions should end in one of them.
-
-    Returns:
-        the rows to keep.
-
-    Raises:
-        DataError: rows without a prompt or without a needed completion, or no row left.
-    """
-    spans = [completion_span(labels) for labels in dataset["labels"]]
-    starts = np.array([span.start for span in spans])
-    lengths = np.array([span.stop - span.start for span in spans])
-
-    _refuse(
-        starts == 0,
-        f"{name} row(s) have no prompt: their first token is already trained on, so there is nothing "
-        "to continue. Give each row a user turn, or set train_on_inputs: false",
-    )
-    if needs_completion:
-        _refuse(
-            lengths == 0,
-            f"{name} row(s) have no completion: all labels are -100. distillation.method or the "
-            "validation set needs one; check roles_to_train and the chat template",
-        )
-    _warn_about_stops(dataset, spans, name, stop_ids)
-    num_turns = sum(span.num_spans > 1 for span in spans)
-    if num_turns:
-        LOG.info(
-            "%d of %d %s rows have several trained turns: the last one is the completion, all before "
-            "it is the prompt.",
-            num_turns,
-            len(spans),
-            name,
-        )
-    keep = np.flatnonzero(starts <= max_prompt_tokens)
-    dropped = len(spans) - len(keep)
-    if dropped:
-        LOG.warning(
-            "%d of %d %s rows are dropped: their prompts exceed distillation.rollout."
-            "max_prompt_tokens = %d (the longest has %d tokens).",
-            dropped,
-            len(spans),
-            name,
-            max_prompt_tokens,
-            starts.max(),
-        )
-    if len(keep) == 0:
-        raise DataError(
-            f"no {name} row is left: all {len(spans)} prompts exceed distillation.rollout."
-            f"max_prompt_tokens = {max_prompt_tokens} (the shortest has {starts.min()} tokens). "
-            "Raise it."
-        )
-    return dataset.select(keep) if dropped else dataset
-
-
-def _refuse(bad: np.ndarray, message: str) -> None:
-    if bad.any():
-        first = np.flatnonzero(bad)[:5].tolist()
-        raise DataError(f"{int(bad.sum())} of {len(bad)} {message} (first rows: {first}).")
-
-
-def _warn_about_stops(
-    dataset: Dataset, spans: Sequence[Span], name: str, stop_ids: Sequence[int]
-) -> None:
-    """A student whose rollouts end at tokens that the data never shows runs to the length limit."""
-    ends = [
-        ids[span.stop - 1]
-        for ids, span in zip(dataset["input_ids"], spans, strict=True)
-        if span.stop > span.start
-    ]
-    if not ends:
-        return
-    missing = sum(end not in stop_ids for end in ends)
-    if missing:
-        LOG.warning(
-            "%d of %d %s completions do not end in a token of the stop set %s (the most common last "
-            "token is %d). If that token ends a turn, add it to Axolotl's eot_tokens or to "
-            "distillation.rollout.stop_token_ids.",
-            missing,
-            len(ends),
-            name,
-            sorted(stop_ids),
-            Counter(ends).most_common(1)[0][0],
-        )

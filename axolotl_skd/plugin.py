@@ -17,13 +17,13 @@ from axolotl_skd.assembly import assemble, on_cpu
 from axolotl_skd.before_after import evaluate_end, evaluate_start
 from axolotl_skd.callbacks import StartLineCallback
 from axolotl_skd.config import read_distillation
-from axolotl_skd.data import DistillationCollator, checked_datasets
+from axolotl_skd.data import DistillationCollator
+from axolotl_skd.data_checks import checked_datasets, restating_dropped_rows
 from axolotl_skd.evaluation.tasks import check_tasks
 from axolotl_skd.preflight import (
     check_block_is_there,
     check_models,
     check_settings,
-    restating_dropped_rows,
 )
 from axolotl_skd.trainer import DistillationTrainer, trainer_type
 

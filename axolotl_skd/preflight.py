@@ -6,10 +6,8 @@ Each refusal says what was got, what is needed, what to do, and names the YAML k
 from __future__ import annotations
 
 import difflib
-import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -288,39 +286,3 @@ def sampling_params(distillation: Distillation, stop_token_ids: tuple[int, ...])
         teacher_top_p=rollout.teacher_top_p,
         stop_token_ids=stop_token_ids,
     )
-
-
-class _DropWatch(logging.Handler):
-    """Collects what Axolotl says about rows that it drops; it keeps no count of its own."""
-
-    def __init__(self) -> None:
-        super().__init__(level=logging.INFO)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if message.startswith("Dropped ") and "outside valid range" in message:
-            self.messages.append(message)
-
-
-@contextmanager
-def restating_dropped_rows(sequence_len: int) -> Iterator[None]:
-    """Say once more, in one warning, which rows Axolotl dropped while data sets were loaded.
-
-    It drops rows whose prompt and completion together exceed `sequence_len`, even where only the
-    prompt is needed, in an INFO line among many.
-    """
-    watch = _DropWatch()
-    logger = logging.getLogger("axolotl.utils.data.utils")
-    logger.addHandler(watch)
-    try:
-        yield
-    finally:
-        logger.removeHandler(watch)
-    for message in watch.messages:
-        LOG.warning(
-            "Axolotl: %s. It counts prompt and completion against sequence_len = %d, also where only "
-            "the prompt is used; raise sequence_len to keep such rows.",
-            message,
-            sequence_len,
-        )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
-from axolotl.utils.data.utils import handle_long_seq_in_dataset
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.enums import RLType
-from datasets import Dataset
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from axolotl_skd.config import Distillation
@@ -20,7 +17,6 @@ from axolotl_skd.preflight import (
     check_models,
     check_settings,
     check_top_k,
-    restating_dropped_rows,
     sampling_params,
     stop_set,
     usable_positions,
@@ -399,45 +395,3 @@ def test_the_engine_gets_the_blocks_sampling() -> None:
     ):
         assert getattr(params, name) == getattr(block.rollout, name)
     assert params.stop_token_ids == (0, 9)
-
-
-# Rows that Axolotl drops
-
-
-def our_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.name == "axolotl_skd.preflight" and record.levelname == "WARNING"
-    ]
-
-
-def test_rows_dropped_by_axolotl_are_said_once_more(caplog: pytest.LogCaptureFixture) -> None:
-    # Axolotl's own function, so that a change of its wording is noticed.
-    dataset = Dataset.from_dict({"input_ids": [[1] * n for n in (3, 20, 4, 21)]})
-    cfg = DictDefault({"min_sample_len": 2, "is_preprocess": True})
-    with restating_dropped_rows(16):
-        assert len(handle_long_seq_in_dataset(dataset, 16, cfg)) == 2
-        assert not our_warnings(caplog)  # only when all is loaded
-    (message,) = our_warnings(caplog)
-    assert "Dropped 2 sequences" in message
-    assert "sequence_len = 16" in message and "raise sequence_len" in message
-
-
-def test_nothing_dropped_is_nothing_said(caplog: pytest.LogCaptureFixture) -> None:
-    dataset = Dataset.from_dict({"input_ids": [[1] * 3]})
-    with restating_dropped_rows(16):
-        handle_long_seq_in_dataset(dataset, 16, DictDefault({"min_sample_len": 2}))
-    assert not our_warnings(caplog)
-
-
-def test_the_watch_ends_with_the_loading(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("axolotl.utils.data.utils")
-    before = list(logger.handlers)
-    with pytest.raises(OSError, match="disk"), restating_dropped_rows(16):
-        raise OSError("disk")
-    with restating_dropped_rows(16):
-        pass
-    logger.info("Dropped 3 sequences")
-    assert logger.handlers == before
-    assert not our_warnings(caplog)
