@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from axolotl_skd.config import Distillation
 from axolotl_skd.losses.divergences import get_divergence
 from axolotl_skd.methods import LossRecipe, Share
-from axolotl_skd.preflight import ConfigConflictError, Preflight, check_top_k, sampling_params
+from axolotl_skd.preflight import (
+    ConfigConflictError,
+    Preflight,
+    check_top_k,
+    sampling_params,
+    warn_of_unknown_tokens,
+)
 from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.lm import CausalLM, probe, rollout_mode
 from axolotl_skd.rollout.types import SamplingParams, Source
@@ -59,10 +66,15 @@ def assemble(
             CausalLM(teacher_model).head.vocab_size,
         )
         check_top_k(distillation, shared)
+        warn_of_unknown_tokens(shared)
     vocab_size = None if shared is None else shared.size
-    student = CausalLM(student_model, vocab_size)
-    teacher = None if teacher_model is None else CausalLM(teacher_model, vocab_size)
-    with rollout_mode(student_model), trainer.accelerator.autocast():
+    student = CausalLM(student_model, vocab_size, trainer.accelerator.autocast)
+    teacher = None
+    if teacher_model is not None:
+        # The student's mixed precision is not the teacher's: it computes in its own dtype.
+        own_precision = partial(torch.autocast, teacher_model.device.type, enabled=False)
+        teacher = CausalLM(teacher_model, vocab_size, own_precision)
+    with rollout_mode(student_model):
         probe(student, "base_model")
         if teacher is not None:
             probe(teacher, "distillation.teacher.base_model")

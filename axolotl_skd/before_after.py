@@ -5,11 +5,13 @@ In a process of its own and on the first rank only; at the end the trainer is al
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from axolotl.utils.logging import get_logger
 from transformers import PreTrainedTokenizerBase
 
@@ -33,15 +35,14 @@ def evaluate_start(
         tokenizer: the student's, as Axolotl set it up (its chat template may come from the config).
     """
     results = Path(cfg["output_dir"]) / RESULTS_FILE
-    resumes = cfg.get("resume_from_checkpoint") or cfg.get("auto_resume_from_checkpoints")
-    if not _is_first_rank() or (resumes and "start" in read_results(results)):
+    if not _is_first_rank() or (_resumes(cfg) and "start" in read_results(results)):
         return
     results.unlink(missing_ok=True)  # of an earlier run into the same folder
     if "start" not in settings.at:
         return
     tokenizer.save_pretrained(cfg["output_dir"])
     LOG.info("evaluating the student before training: %s", ", ".join(settings.tasks))
-    model = _eval_model(cfg, base_model=cfg["base_model"])
+    model = _eval_model(cfg, base_model=cfg["base_model"], adapter=cfg.get("lora_model_dir"))
     record(results, "start", _run(model, settings))
 
 
@@ -49,7 +50,9 @@ def evaluate_end(cfg: Mapping[str, Any], settings: EvalConfig) -> None:
     """Evaluate what was saved and print it beside the start."""
     if not _is_first_rank() or "end" not in settings.at:
         return
+    _free_memory()
     results = Path(cfg["output_dir"]) / RESULTS_FILE
+    LOG.info("the trained student is saved in %s", cfg["output_dir"])
     LOG.info("evaluating the trained student: %s", ", ".join(settings.tasks))
     if cfg.get("adapter"):
         model = _eval_model(cfg, base_model=cfg["base_model"], adapter=cfg["output_dir"])
@@ -57,6 +60,21 @@ def evaluate_end(cfg: Mapping[str, Any], settings: EvalConfig) -> None:
         model = _eval_model(cfg, base_model=cfg["output_dir"])
     record(results, "end", _run(model, settings))
     print(f"\n{comparison_table(read_results(results))}\n\nwritten to {results}", flush=True)
+
+
+def _resumes(cfg: Mapping[str, Any]) -> bool:
+    """Does training go on from a checkpoint of this run?"""
+    found = any(Path(cfg["output_dir"]).glob("checkpoint-*"))
+    return bool(
+        cfg.get("resume_from_checkpoint") or (cfg.get("auto_resume_from_checkpoints") and found)
+    )
+
+
+def _free_memory() -> None:
+    """Give back what the deleted trainer reserved, so that the child finds room on the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _eval_model(cfg: Mapping[str, Any], base_model: str, adapter: str | None = None) -> EvalModel:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+MAX_GAP_TO_EOS = 3  # how far behind a turn Axolotl's chat_template strategy looks for an EOS
 SAMPLE_ID_COLUMN = "sample_id"
 
 
@@ -33,13 +34,31 @@ class Span:
     num_spans: int
 
 
-def completion_span(labels: Sequence[int]) -> Span:
-    """The last trained span of a row; empty, behind everything, if nothing is trained."""
+def completion_span(
+    labels: Sequence[int], input_ids: Sequence[int], stop_ids: Sequence[int]
+) -> Span:
+    """The last trained span of a row; empty, behind everything, if nothing is trained.
+
+    Axolotl also trains the first EOS within three tokens of a turn's end, so a chat template that
+    puts something in between (Phi-3: `<|end|>`, a new line, EOS) leaves a span of its own behind the
+    answer. Such a span of stop tokens alone ends the answer before it; it is no completion.
+
+    Args:
+        labels: of the row, IGNORE_INDEX where not trained.
+        input_ids: its tokens.
+        stop_ids: the stop set.
+    """
     trained = np.asarray(labels) != IGNORE_INDEX
-    edges = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0, append=0))
-    if len(edges) == 0:
+    edges = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0, append=0)).tolist()
+    while (
+        len(edges) > 2
+        and edges[-2] - edges[-3] <= MAX_GAP_TO_EOS
+        and set(list(input_ids[edges[-2] : edges[-1]])) <= set(stop_ids)
+    ):
+        edges = edges[:-2]
+    if not edges:
         return Span(len(trained), len(trained), 0)
-    return Span(int(edges[-2]), int(edges[-1]), len(edges) // 2)
+    return Span(edges[-2], edges[-1], len(edges) // 2)
 
 
 def _hash64(data: bytes) -> int:
@@ -89,19 +108,30 @@ def pad_rows(
 class DistillationCollator:
     """Batches of prompts with the data set's own completions, sample ids carried along."""
 
-    def __init__(self, tokenizer: Any, pad_to_multiple_of: int | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop_ids: Sequence[int],
+        pad_to_multiple_of: int | None = None,
+        **_: Any,
+    ) -> None:
         """
         Args:
             tokenizer: only its pad token is used.
+            stop_ids: the stop set, see `completion_span`.
             pad_to_multiple_of: see `pad_rows`.
             _: what Axolotl passes to every collator (`padding`, `return_tensors`).
         """
         self.pad_token_id: int = tokenizer.pad_token_id
+        self.stop_ids = tuple(stop_ids)
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Rows with input_ids and labels -> `pad_rows` + prompt_lengths, sample_ids: int64 [B]."""
-        spans = [completion_span(feature["labels"]) for feature in features]
+        spans = [
+            completion_span(feature["labels"], feature["input_ids"], self.stop_ids)
+            for feature in features
+        ]
         rows = [
             torch.as_tensor(feature["input_ids"], dtype=torch.long)[: span.stop]
             for feature, span in zip(features, spans, strict=True)

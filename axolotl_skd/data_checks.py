@@ -82,7 +82,10 @@ def check_rows(
     Raises:
         DataError: rows without a prompt or without a needed completion, or no row left.
     """
-    spans = [completion_span(labels) for labels in dataset["labels"]]
+    spans = [
+        completion_span(labels, ids, stop_ids)
+        for labels, ids in zip(dataset["labels"], dataset["input_ids"], strict=True)
+    ]
     starts = np.array([span.start for span in spans])
     lengths = np.array([span.stop - span.start for span in spans])
 
@@ -165,11 +168,13 @@ class _DropWatch(logging.Handler):
     def __init__(self) -> None:
         super().__init__(level=logging.INFO)
         self.messages: list[str] = []
+        self.reused = False
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         if message.startswith("Dropped ") and "outside valid range" in message:
             self.messages.append(message)
+        self.reused |= message.startswith("Loading prepared dataset from disk")
 
 
 @contextmanager
@@ -180,12 +185,20 @@ def restating_dropped_rows(sequence_len: int) -> Iterator[None]:
     prompt is needed, in an INFO line among many.
     """
     watch = _DropWatch()
-    logger = logging.getLogger("axolotl.utils.data.utils")
-    logger.addHandler(watch)
+    loggers = [logging.getLogger(f"axolotl.utils.data.{name}") for name in ("utils", "shared")]
+    for logger in loggers:
+        logger.addHandler(watch)
     try:
         yield
     finally:
-        logger.removeHandler(watch)
+        for logger in loggers:
+            logger.removeHandler(watch)
+    if watch.reused:
+        LOG.info(
+            "prepared data is reused: rows that Axolotl dropped when it was made (longer than "
+            "sequence_len = %d) are not counted again. Delete dataset_prepared_path to see them.",
+            sequence_len,
+        )
     for message in watch.messages:
         LOG.warning(
             "Axolotl: %s. It counts prompt and completion against sequence_len = %d, also where only "

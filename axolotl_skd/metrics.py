@@ -36,7 +36,9 @@ class Counters:
         names = sorted(self._totals)
         if not names:
             return {}
-        local = torch.tensor([self._totals[name] for name in names], device=device)
+        local = torch.tensor(
+            [self._totals[name] for name in names], dtype=torch.float64, device=device
+        )
         self._totals.clear()
         totals = reduce_sum(local).tolist()
         return {

@@ -24,6 +24,7 @@ from axolotl_skd.preflight import (
     check_block_is_there,
     check_models,
     check_settings,
+    stop_set,
 )
 from axolotl_skd.trainer import DistillationTrainer, trainer_type
 
@@ -76,7 +77,11 @@ class SKDPlugin(BasePlugin):
     def get_collator_cls_and_kwargs(
         self, cfg: DictDefault, is_eval: bool = False
     ) -> tuple[type[DistillationCollator], dict[str, Any]] | None:
-        return None if read_distillation(cfg) is None else (DistillationCollator, {})
+        distillation = read_distillation(cfg)
+        if distillation is None:
+            return None
+        stops = stop_set(cfg, distillation, load_tokenizer(cfg))
+        return DistillationCollator, {"stop_ids": stops}
 
     def post_trainer_create(self, cfg: DictDefault, trainer: DistillationTrainer) -> None:
         distillation = read_distillation(cfg)

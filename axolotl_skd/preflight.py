@@ -15,7 +15,7 @@ from axolotl.utils.logging import get_logger
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from axolotl_skd.config import Distillation
-from axolotl_skd.rollout.types import SamplingParams
+from axolotl_skd.rollout.types import SamplingParams, Source
 from axolotl_skd.teacher import read_teacher_config, read_teacher_tokenizer
 from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
 
@@ -102,6 +102,17 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
                 f"{key}: shards the student, and rollouts from a sharded student are not supported "
                 f"yet. Remove {key}: plain data parallelism (several ranks, one teacher each) works."
             )
+    if str(cfg.get("excess_length_strategy") or "drop").lower() == "truncate":
+        raise ConfigConflictError(
+            "excess_length_strategy: truncate cuts long rows, also inside their prompts, which would "
+            "then be continued mid-sentence. Set excess_length_strategy: drop and raise sequence_len."
+        )
+    save, evaluate = cfg.get("save_steps"), cfg.get("eval_steps")
+    if cfg.get("load_best_model_at_end") and not (save and evaluate and save % evaluate == 0):
+        raise ConfigConflictError(
+            f"load_best_model_at_end: true, but save_steps: {save} is no multiple of eval_steps: "
+            f"{evaluate}; Axolotl would switch it off without a word. Make it one."
+        )
     if cfg.get("torch_compile"):
         raise ConfigConflictError(
             "torch_compile: true compiles the student's forward, from which the loss takes hidden "
@@ -138,7 +149,7 @@ def _check_head_is_plain(cfg: Mapping[str, Any]) -> None:
     for key in ("lora_target_modules", "lora_modules_to_save"):
         names = cfg.get(key) or []
         names = [names] if isinstance(names, str) else names
-        heads = [name for name in names if "lm_head" in name or name == "all-linear"]
+        heads = [name for name in names if "lm_head" in name]
         if heads:
             raise ConfigConflictError(
                 f"{key}: {heads} adapts or copies the output head, which the distillation loss "
@@ -178,28 +189,44 @@ def check_models(
         revision=cfg.get("revision_of_model"),
         trust_remote_code=bool(cfg.get("trust_remote_code")),
     )
+    if tokenizer.pad_token_id is None:
+        raise ConfigConflictError(
+            "the student's tokenizer has no pad token, and rows of a batch are padded. Set "
+            "special_tokens: {pad_token: ...} (it may be the EOS token)."
+        )
     vocab_size = max(student.get_text_config().vocab_size, len(tokenizer))
     teacher_vocab = None
-    if distillation.method_row.rolls_out:
-        _check_positions("base_model", student, distillation)
+    _check_positions("base_model", student, distillation, cfg)
     if distillation.method_row.needs_teacher:
         teacher = read_teacher_config(distillation.teacher)
-        _check_positions("distillation.teacher.base_model", teacher, distillation)
+        _check_positions("distillation.teacher.base_model", teacher, distillation, cfg)
         teacher_vocab = read_teacher_tokenizer(distillation.teacher).get_vocab()
         shared = share_vocabulary(
             tokenizer.get_vocab(), teacher_vocab, vocab_size, teacher.get_text_config().vocab_size
         )
         check_top_k(distillation, shared)
     return Preflight(
-        stop_token_ids=stop_set(cfg, distillation, tokenizer, vocab_size),
+        stop_token_ids=stop_set(cfg, distillation, tokenizer),
         student_vocab=tokenizer.get_vocab(),
         teacher_vocab=teacher_vocab,
     )
 
 
+def warn_of_unknown_tokens(shared: SharedVocabulary) -> None:
+    """Tokens that only the student knows train against rows of the teacher that nobody trained."""
+    if shared.student_only:
+        LOG.warning(
+            "%d token(s) of the student are unknown to the teacher's tokenizer (first: %s): where "
+            "the data uses them, the teacher's distributions mean nothing.",
+            len(shared.student_only),
+            ", ".join(map(repr, shared.student_only[:5])),
+        )
+
+
 def check_top_k(distillation: Distillation, shared: SharedVocabulary) -> None:
     """K beyond the vocabulary would accept everything, which is another method."""
-    if distillation.rollout.teacher_top_k > shared.size:
+    verifies = distillation.method_row.source is Source.INTERLEAVED
+    if verifies and distillation.rollout.teacher_top_k > shared.size:
         raise ConfigConflictError(
             f"distillation.rollout.teacher_top_k is {distillation.rollout.teacher_top_k}, but the "
             f"shared vocabulary has {shared.size} tokens. Set 1 to {shared.size}; to accept every "
@@ -207,15 +234,26 @@ def check_top_k(distillation: Distillation, shared: SharedVocabulary) -> None:
         )
 
 
-def _check_positions(key: str, config: PreTrainedConfig, distillation: Distillation) -> None:
+def _check_positions(
+    key: str, config: PreTrainedConfig, distillation: Distillation, cfg: Mapping[str, Any]
+) -> None:
+    """Do rollouts, and the data set's own rows where a model reads them, fit its positions?"""
     positions, why = usable_positions(config.get_text_config())
-    rollout = distillation.rollout
+    if positions is None:
+        return
+    rollout, method = distillation.rollout, distillation.method_row
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
-    if positions is not None and longest > positions:
+    if method.rolls_out and longest > positions:
         raise ConfigConflictError(
             f"distillation.rollout: max_prompt_tokens ({rollout.max_prompt_tokens}) + max_new_tokens "
             f"({rollout.max_new_tokens}) = {longest}, but {key} has {positions} positions{why}. Lower "
             "one of the two."
+        )
+    validates = cfg.get("val_set_size") or cfg.get("test_datasets")
+    if (method.needs_completions or validates) and (cfg.get("sequence_len") or 0) > positions:
+        raise ConfigConflictError(
+            f"sequence_len: {cfg['sequence_len']}, but {key} has {positions} positions{why}, and "
+            "it reads the data set's own rows (training or validation). Lower sequence_len."
         )
 
 
@@ -242,7 +280,6 @@ def stop_set(
     cfg: Mapping[str, Any],
     distillation: Distillation,
     tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
 ) -> tuple[int, ...]:
     """EOS, Axolotl's `eot_tokens` and `rollout.stop_token_ids`, ascending.
 
@@ -250,13 +287,13 @@ def stop_set(
         ConfigConflictError: empty, or an id or token that does not exist.
     """
     stops = set(distillation.rollout.stop_token_ids)
-    beyond = [i for i in stops if not 0 <= i < vocab_size]
-    if beyond:
-        raise ConfigConflictError(
-            f"distillation.rollout.stop_token_ids: {beyond} lie outside the vocabulary of "
-            f"{vocab_size} tokens."
-        )
     vocab = tokenizer.get_vocab()
+    unknown = sorted(stops - set(vocab.values()))
+    if unknown:
+        raise ConfigConflictError(
+            f"distillation.rollout.stop_token_ids: {unknown} are no ids of the student's tokenizer, "
+            f"which has {len(vocab)} tokens."
+        )
     for token in cfg.get("eot_tokens") or []:
         if token not in vocab:
             raise ConfigConflictError(

@@ -18,7 +18,12 @@ from torch import Tensor
 
 from axolotl_skd.data import pad_rows
 from axolotl_skd.metrics import Ratio, rollout_metrics
-from axolotl_skd.rollout.sampling import Role, keyed_uniform, row_streams
+from axolotl_skd.rollout.sampling import (
+    NonFiniteLogitsError,
+    Role,
+    keyed_uniform,
+    row_streams,
+)
 from axolotl_skd.rollout.types import Prompts, Rollout, SamplingParams, Source
 
 Batch = dict[str, Any]
@@ -125,24 +130,30 @@ class RolloutSource:
     def _roll_out(
         self, batches: Sequence[Batch], streams: Sequence[Tensor], chosen: Sequence[Tensor]
     ) -> Rollout | None:
-        ids, keys = [], []
+        ids, keys, samples = [], [], []
         for batch, stream, rows in zip(batches, streams, chosen, strict=True):
             lengths = batch["prompt_lengths"].tolist()
             ids += [batch["input_ids"][row, : lengths[row]] for row in _indices(rows)]
             keys.append(stream[rows.to(stream.device)])
+            samples += batch["sample_ids"][rows.to(stream.device)].tolist()
         if not ids:
             return None
         key = torch.cat(keys)
         prompts = Prompts(tuple(ids), key, torch.full_like(key, self._max_new_tokens))
-        return self._sample(prompts, self._params)
+        try:
+            return self._sample(prompts, self._params)
+        except NonFiniteLogitsError as error:
+            named = [samples[row] for row in error.rows]
+            raise NonFiniteLogitsError(named, whose="sample(s)") from error
 
     def _batch(self, batch: Batch, chosen: Tensor, rollout: Rollout | None) -> Batch:
         """A micro-batch with new completions in the chosen rows, in one padding."""
         prompt_lengths = batch["prompt_lengths"].tolist()
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         rows = [row[:length] for row, length in zip(batch["input_ids"], lengths, strict=True)]
-        for index, row in enumerate(_indices(chosen)):
-            completion = rollout.row(index).to(rows[row].device)
+        completions = [] if rollout is None else rollout.unpadded()
+        for row, ids in zip(_indices(chosen), completions, strict=True):
+            completion = ids.to(rows[row].device)
             rows[row] = torch.cat([rows[row][: prompt_lengths[row]], completion])
         completed: Batch = {
             **pad_rows(rows, prompt_lengths, self._pad_token_id, self._pad_to_multiple_of),

@@ -10,7 +10,6 @@ Legend: B rows, L padded length, N completion tokens of a micro-batch, H hidden 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -91,10 +90,9 @@ class DistillationCore(Trainer):
         distiller = self._attached()
         epoch = int(self.state.epoch or 0)
         progress = self.state.global_step / self.state.max_steps
-        with ExitStack() as stack:
-            if self.method.rolls_out:
-                stack.enter_context(rollout_mode(distiller.student.model))
-                stack.enter_context(self.accelerator.autocast())
+        if not self.method.rolls_out:
+            return distiller.source.complete(batches, epoch, progress)
+        with rollout_mode(distiller.student.model):
             return distiller.source.complete(batches, epoch, progress)
 
     # Loss
@@ -128,16 +126,15 @@ class DistillationCore(Trainer):
         # The state at position t predicts token t + 1, so the first position is never predicted.
         predicted = inputs["labels"][:, 1:] != IGNORE_INDEX
         hidden = self._student_hidden(model, inputs)[:, :-1][predicted]
-        with self.accelerator.autocast():
-            total, losses = fused_token_loss(
-                hidden,
-                distiller.student.head,
-                distiller.student.head.module,
-                self._recipe(inputs, predicted),
-                chunk_size(distiller.student.head.vocab_size),
-            )
+        total, losses = fused_token_loss(
+            hidden,
+            distiller.student.logits,
+            distiller.student.head.module,
+            self._recipe(inputs, predicted),
+            chunk_size(distiller.student.head.vocab_size),
+        )
         rows = predicted.nonzero()[:, 0]
-        self._refuse_non_finite(losses, rows, inputs)
+        self._refuse_non_finite(losses, rows, inputs, training=torch.is_grad_enabled())
         return total, losses, rows
 
     def _student_hidden(self, model: nn.Module, inputs: Batch) -> Tensor:
@@ -176,15 +173,15 @@ class DistillationCore(Trainer):
         stored = inputs.get("stored_hidden")
         if stored is None:
             every = torch.ones(len(predicted), dtype=torch.bool)
-            return TeacherTargets(self._teacher_hidden(inputs, predicted, every), teacher.head)
+            return TeacherTargets(self._teacher_hidden(inputs, predicted, every), teacher.logits)
         if stored.rows.all():
-            return TeacherTargets(stored.states, teacher.head)
+            return TeacherTargets(stored.states, teacher.logits)
         # Rows of both kinds: each token's state to its place, row by row.
         hidden = stored.states.new_empty(int(predicted.sum()), stored.states.shape[1])
         verified = stored.rows.to(predicted.device)[predicted.nonzero()[:, 0]].to(hidden.device)
         hidden[verified] = stored.states
         hidden[~verified] = self._teacher_hidden(inputs, predicted, ~stored.rows)
-        return TeacherTargets(hidden, teacher.head)
+        return TeacherTargets(hidden, teacher.logits)
 
     def _teacher_hidden(self, inputs: Batch, predicted: Tensor, rows: Tensor) -> Tensor:
         """The teacher's states [n, H] that predict the tokens of some rows (bool [B])."""
@@ -193,15 +190,15 @@ class DistillationCore(Trainer):
         def part(values: Tensor) -> Tensor:
             return values[rows.to(values.device)].to(teacher.device)
 
-        with torch.no_grad(), self.accelerator.autocast():
-            output = teacher.decoder(
-                input_ids=part(inputs["input_ids"]),
-                attention_mask=part(inputs["attention_mask"]),
-                use_cache=False,
+        with torch.no_grad():
+            hidden = teacher.hidden_states(
+                part(inputs["input_ids"]), part(inputs["attention_mask"])
             )
-        return output.last_hidden_state[:, :-1][part(predicted)]
+        return hidden[:, :-1][part(predicted)]
 
-    def _refuse_non_finite(self, losses: Tensor, rows: Tensor, inputs: Batch) -> None:
+    def _refuse_non_finite(
+        self, losses: Tensor, rows: Tensor, inputs: Batch, training: bool
+    ) -> None:
         bad = ~losses.isfinite()
         if not bad.any():
             return
@@ -209,10 +206,11 @@ class DistillationCore(Trainer):
             f"{inputs['sample_ids'][row]} ({self._prompt_start(inputs, row)!r})"
             for row in rows[bad].unique().tolist()
         ]
+        where = f"step {self.state.global_step + 1}" if training else "validation"
         raise NonFiniteLossError(
-            f"step {self.state.global_step + 1}: the loss of {int(bad.sum())} of {len(losses)} tokens "
-            f"is not finite, in sample(s) {', '.join(named)}. The weights were not updated. Look at "
-            "these rows; a lower learning_rate, bf16 instead of fp16 or a float32 teacher "
+            f"{where}: the loss of {int(bad.sum())} of {len(losses)} tokens "
+            f"is not finite, in sample(s) {', '.join(named)}. The weights were not updated by it. "
+            "Look at these rows; a lower learning_rate, bf16 instead of fp16 or a float32 teacher "
             "(distillation.teacher.dtype) are the usual remedies."
         )
 

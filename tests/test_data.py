@@ -36,7 +36,11 @@ def feature(prompt: list[int], completion: list[int], **more: Any) -> dict[str, 
 def collator(pad: int = 0, **keywords: Any) -> DistillationCollator:
     # As Axolotl builds it.
     return DistillationCollator(
-        SimpleNamespace(pad_token_id=pad), padding=True, return_tensors="pt", **keywords
+        SimpleNamespace(pad_token_id=pad),
+        stop_ids=(EOS,),
+        padding=True,
+        return_tensors="pt",
+        **keywords,
     )
 
 
@@ -62,8 +66,28 @@ def tensors(*rows: list[int]) -> list[torch.Tensor]:
     ],
 )
 def test_the_completion_is_the_last_trained_span(labels: list[int], expected: Span) -> None:
-    assert completion_span(labels) == expected
-    assert completion_span(torch.tensor(labels, dtype=torch.long)) == expected
+    ids = [1] * len(labels)
+    assert completion_span(labels, ids, [EOS]) == expected
+    as_tensors = (torch.tensor(values, dtype=torch.long) for values in (labels, ids))
+    assert completion_span(*as_tensors, [EOS]) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ([1, +5, 2, +EOS], Span(1, 2, 1)),  # an EOS of its own behind the answer
+        ([1, +5, 2, 2, 2, +EOS], Span(1, 2, 1)),  # as far away as Axolotl looks for it
+        ([1, +5, 2, 2, 2, 2, +EOS], Span(6, 7, 2)),  # farther: a turn of its own
+        ([1, +5, 2, +6], Span(3, 4, 2)),  # no stop token: a short second turn
+        ([1, +5, 2, +6, +EOS], Span(3, 5, 2)),  # an answer with its EOS
+        ([1, +EOS], Span(1, 2, 1)),  # nothing before it
+        ([1, +5, +EOS, 2, +EOS], Span(1, 3, 1)),  # both ends trained
+    ],
+)
+def test_an_eos_behind_the_answer_is_no_completion(row: list[int], expected: Span) -> None:
+    """Tokens 1 and 2 are not trained here."""
+    labels = [X if token in (1, 2) else token for token in row]
+    assert completion_span(labels, row, [EOS]) == expected
 
 
 # Sample ids
@@ -166,8 +190,12 @@ def test_a_row_without_a_completion_is_all_prompt() -> None:
 def test_the_collator_works_in_dataloader_processes() -> None:
     rows = [feature([i], [i + 1, EOS]) for i in range(1, 5)]
     here = collator(pad_to_multiple_of=4)
-    # What is shipped: two numbers, no tokenizer, model or trainer.
-    assert vars(pickle.loads(pickle.dumps(here))) == {"pad_token_id": 0, "pad_to_multiple_of": 4}
+    # What is shipped: a few numbers, no tokenizer, model or trainer.
+    assert vars(pickle.loads(pickle.dumps(here))) == {
+        "pad_token_id": 0,
+        "pad_to_multiple_of": 4,
+        "stop_ids": (EOS,),
+    }
     worked = list(DataLoader(rows, batch_size=2, num_workers=1, collate_fn=here))
     for batch, part in zip(worked, (rows[:2], rows[2:]), strict=True):
         for name, expected in here(part).items():

@@ -134,7 +134,7 @@ def test_the_usual_last_token_is_named(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_rows_of_several_turns_are_counted(caplog: pytest.LogCaptureFixture) -> None:
-    turns = {"input_ids": [1, 2, 3, EOS], "labels": [X, 2, X, EOS]}
+    turns = {"input_ids": [1, 2, 3, 4, EOS], "labels": [X, 2, X, 4, EOS]}
     check(rows(turns, GOOD, turns))
     (record,) = caplog.records
     assert record.levelname == "INFO"

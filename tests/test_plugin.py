@@ -167,9 +167,11 @@ def test_training_arguments(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("is_eval", [True, False])
-def test_the_collator_is_ours_for_both_sets(is_eval: bool) -> None:
+def test_the_collator_is_ours_for_both_sets(is_eval: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "load_tokenizer", lambda _cfg: object())
+    monkeypatch.setattr(plugin, "stop_set", lambda *_: (3, 7))
     answer = SKDPlugin().get_collator_cls_and_kwargs(with_block(), is_eval)
-    assert answer == (DistillationCollator, {})
+    assert answer == (DistillationCollator, {"stop_ids": (3, 7)})
 
 
 @pytest.mark.parametrize(

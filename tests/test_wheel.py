@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -38,23 +39,31 @@ def test_contents(wheel: Path) -> None:
         assert expected in names
 
 
-def test_installed_wheel_finds_its_files(wheel: Path, tmp_path: Path) -> None:
-    """Unpacked as pip would, away from the checkout: paths and tasks are those of the wheel."""
-    zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = (
-        "from axolotl_skd.resources import resource_path as path\n"
-        "from axolotl_skd.evaluation.tasks import available_tasks\n"
-        "print(path('evals')); print(path('example_configs')); print(available_tasks())"
-    )
+def test_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    """Installed by pip: files, tasks, the command line's entry point and the plugin itself."""
+    target = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", str(target), str(wheel)], check=True, capture_output=True)
+    code = """
+from importlib.metadata import distribution
+from axolotl_skd.resources import resource_path
+from axolotl_skd.evaluation.tasks import available_tasks
+import axolotl_skd
+print(resource_path("evals"), resource_path("example_configs"), *available_tasks())
+entry = next(e for e in distribution("axolotl-skd").entry_points if e.name == "skd")
+print(entry.group, sorted(entry.load().commands))
+print(axolotl_skd.SKDPlugin.__module__)
+"""
     child = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": str(target)},
         capture_output=True,
         text=True,
         check=True,
     )
-    evals, examples, tasks = child.stdout.splitlines()
-    assert Path(evals) == tmp_path / "axolotl_skd" / "evals"
-    assert Path(examples) == tmp_path / "axolotl_skd" / "example_configs"
-    assert "skd_tiny_arithmetic" in tasks
+    package = target / "axolotl_skd"
+    lines = [line for line in child.stdout.splitlines() if line.strip()]
+    assert f"{package / 'evals'} {package / 'example_configs'} skd_tiny_arithmetic" in lines
+    assert "axolotl.cli_commands ['keys', 'path', 'to-chat']" in lines
+    assert "axolotl_skd.plugin" in lines

@@ -110,7 +110,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         grad_hidden, *grads = ctx.saved_tensors
         # Scaled in the sum's precision first: half precision would round, or overflow on, the factor.
         scaled = [
-            (grad * grad_total).to(dtype)
+            (grad.to(grad_total.dtype) * grad_total).to(dtype)
             for grad, dtype in zip([grad_hidden, *grads], ctx.dtypes, strict=True)
         ]
         return (scaled[0], None, None, None, None, *scaled[1:])

@@ -13,13 +13,21 @@ Legend: B rows, R live rows, G draft tokens, T longest completion, V vocabulary,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from axolotl_skd.rollout.lm import LanguageModel
-from axolotl_skd.rollout.sampling import Role, keyed_uniform, sample_top_p, top_k_accept_mask
+from axolotl_skd.rollout.sampling import (
+    NonFiniteLogitsError,
+    Role,
+    keyed_uniform,
+    sample_top_p,
+    top_k_accept_mask,
+)
 from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
 
 
@@ -35,31 +43,12 @@ class RolloutEngine:
 
     def interleave(self, prompts: Prompts, params: SamplingParams) -> Rollout:
         """SKD: the student proposes, the teacher verifies and replaces."""
-        teacher = self._require_teacher()
         rows = _Rows(prompts, params.stop_token_ids, self.student.device)
         student_cache = _prefill(self.student, prompts, rows)
-        teacher_cache = _prefill(teacher, prompts, rows)
+        teacher_cache = _prefill(self._require_teacher(), prompts, rows)
         while rows.any_live:
-            num_draft = min(params.num_draft_tokens, rows.longest_remaining)
-            fed, proposals = self._propose(rows, student_cache, num_draft, params)
-            # Verification happens where the teacher lives; only token ids travel.
-            positions = rows.positions(num_draft).to(teacher.device)
-            hidden = teacher.forward(
-                fed.to(teacher.device), positions, teacher_cache, rows.longest + num_draft - 1
-            )
-            tokens, num_accepted = _verify(
-                teacher.logits(hidden), proposals, rows.uniforms(num_draft, Role.TEACHER), params
-            )
-            kept = rows.commit(
-                tokens,
-                limit=(num_accepted + 1).clamp(max=num_draft),
-                proposals=proposals,
-                num_accepted=num_accepted,
-                hidden=hidden,
-            )
-            if kept is not None:
-                student_cache.keep_rows(kept)
-                teacher_cache.keep_rows(kept.to(teacher.device))
+            with rows.naming_rows():
+                self._round(rows, student_cache, teacher_cache, params)
         return rows.rollout(Source.INTERLEAVED)
 
     def sample_student(self, prompts: Prompts, params: SamplingParams) -> Rollout:
@@ -69,6 +58,32 @@ class RolloutEngine:
     def sample_teacher(self, prompts: Prompts, params: SamplingParams) -> Rollout:
         """Sequence-level KD: every token is the teacher's."""
         return self._sample(self._require_teacher(), Role.TEACHER, prompts, params)
+
+    def _round(
+        self, rows: _Rows, student_cache: Any, teacher_cache: Any, params: SamplingParams
+    ) -> None:
+        """Propose, verify, replace, once for all live rows."""
+        teacher = self._require_teacher()
+        num_draft = min(params.num_draft_tokens, rows.longest_remaining)
+        fed, proposals = self._propose(rows, student_cache, num_draft, params)
+        # Verification happens where the teacher lives; only token ids travel.
+        positions = rows.positions(num_draft).to(teacher.device)
+        hidden = teacher.forward(
+            fed.to(teacher.device), positions, teacher_cache, rows.longest + num_draft - 1
+        )
+        tokens, num_accepted = _verify(
+            teacher.logits(hidden), proposals, rows.uniforms(num_draft, Role.TEACHER), params
+        )
+        kept = rows.commit(
+            tokens,
+            limit=(num_accepted + 1).clamp(max=num_draft),
+            proposals=proposals,
+            num_accepted=num_accepted,
+            hidden=hidden,
+        )
+        if kept is not None:
+            student_cache.keep_rows(kept)
+            teacher_cache.keep_rows(kept.to(teacher.device))
 
     def _propose(
         self, rows: _Rows, cache: Any, num_draft: int, params: SamplingParams
@@ -101,7 +116,9 @@ class RolloutEngine:
         while rows.any_live:
             hidden = lm.forward(rows.pending[:, None], rows.positions(1), cache, rows.longest)
             uniforms = rows.uniforms(1, role)[:, 0]
-            tokens = sample_top_p(lm.logits(hidden[:, -1]), temperature, top_p, uniforms)[:, None]
+            with rows.naming_rows():
+                tokens = sample_top_p(lm.logits(hidden[:, -1]), temperature, top_p, uniforms)
+            tokens = tokens[:, None]
             one = torch.ones_like(rows.pending)
             kept = rows.commit(
                 tokens,
@@ -196,6 +213,15 @@ class _Rows:
     @property
     def any_live(self) -> bool:
         return len(self.live) > 0
+
+    @contextmanager
+    def naming_rows(self) -> Iterator[None]:
+        """Failures name rows of the rollout, not of what is left of it."""
+        live = self.live
+        try:
+            yield
+        except NonFiniteLogitsError as error:
+            raise NonFiniteLogitsError(live[error.rows].tolist()) from error
 
     def positions(self, num_tokens: int) -> Tensor:
         """Where the pending token and its `num_tokens` - 1 successors go, int64 [R, num_tokens].

@@ -5,8 +5,8 @@ Legend: B rows, Q tokens fed per row, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -87,12 +87,19 @@ def _require_masked_attention(config: PreTrainedConfig) -> None:
 class CausalLM:
     """A `LanguageModel` on a stock, unpatched Hugging Face causal LM (or a PEFT model's base)."""
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocab_size: int | None = None,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         """
         Args:
             model: a causal LM with a position-addressed KV cache.
             vocab_size: size of the shared vocabulary, default the model's own.
+            precision: the autocast context in which this model computes, whatever is around it.
         """
+        self.precision = precision
         self.model = model
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
@@ -118,16 +125,25 @@ class CausalLM:
 
     def forward(self, ids: Tensor, positions: Tensor, cache: SlotCache, longest: int) -> Tensor:
         view = cache.place(positions, longest)
-        return self.decoder(
-            input_ids=ids,
-            attention_mask=self._attention_mask(positions, view),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        with self.precision():
+            return self.decoder(
+                input_ids=ids,
+                attention_mask=self._attention_mask(positions, view),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+
+    def hidden_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Last hidden states of whole rows without a cache: int64 [B, L] each -> [B, L, H]."""
+        with self.precision():
+            return self.decoder(
+                input_ids=ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden)
+        with self.precision():
+            return self.head(hidden)
 
     def _attention_mask(self, positions: Tensor, view: int) -> Tensor | dict[str, Tensor]:
         boolean = _MASKED_ATTENTION[self.config._attn_implementation]
@@ -168,9 +184,10 @@ def probe(lm: CausalLM, name: str, num_tokens: int = 12) -> None:
         UnsupportedModelError: they differ by more than rounding, or the model cannot be run so.
     """
     ids = (torch.arange(2 * num_tokens, device=lm.device) % lm.head.vocab_size).view(2, -1)
-    expected = lm.model(input_ids=ids, use_cache=False).logits[..., : lm.head.vocab_size]
+    with lm.precision():
+        expected = lm.model(input_ids=ids, use_cache=False).logits[..., : lm.head.vocab_size]
     try:
-        plain = lm.logits(lm.decoder(input_ids=ids, use_cache=False).last_hidden_state)
+        plain = lm.logits(lm.hidden_states(ids))
         cached = lm.logits(_cached_hidden(lm, ids))
     except torch.OutOfMemoryError:
         raise
@@ -213,10 +230,21 @@ def _cached_hidden(lm: CausalLM, ids: Tensor) -> Tensor:
 
 
 def _rounding(lm: CausalLM, logits: Tensor) -> float:
-    """Relative rounding of the arithmetic that made these logits."""
-    rounding = torch.finfo(logits.dtype).eps
-    tf32 = logits.is_cuda and torch.get_float32_matmul_precision() != "highest"
-    if tf32 or getattr(lm.model, "is_loaded_in_8bit", False):
+    """Relative rounding of the coarsest arithmetic on the way to these logits."""
+    dtypes = {logits.dtype} | {p.dtype for p in lm.model.parameters() if p.is_floating_point()}
+    quantization = getattr(lm.model.config, "quantization_config", None)
+    compute = getattr(quantization, "bnb_4bit_compute_dtype", None)
+    if compute is not None:
+        dtypes.add(compute)
+    rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
+    if (logits.is_cuda and _tf32_is_on()) or getattr(lm.model, "is_loaded_in_8bit", False):
         # TF32 keeps 10 bits of the mantissa; LLM.int8 takes its outlier columns from the batch.
         rounding = max(rounding, 2.0**-10)
     return rounding
+
+
+def _tf32_is_on() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set through torch's newer settings, which this one refuses to read
+        return True

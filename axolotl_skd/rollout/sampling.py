@@ -9,6 +9,7 @@ Legend: B rows, N any number of positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
@@ -24,7 +25,20 @@ SHORTLIST = 128
 
 
 class NonFiniteLogitsError(RuntimeError):
-    """Logits from which nothing can be sampled."""
+    """Logits from which nothing can be sampled, and whose they are."""
+
+    def __init__(self, rows: Sequence[int], whose: str = "rows") -> None:
+        """
+        Args:
+            rows: which; indices, or what a caller knows them by.
+            whose: what `rows` holds.
+        """
+        super().__init__(
+            f"the logits of {whose} {', '.join(map(str, rows))} are not finite (NaN or infinite), so "
+            "no token can be sampled. If training had begun, the student diverged: lower "
+            "learning_rate. Else a checkpoint or its dtype is broken (distillation.teacher.dtype)."
+        )
+        self.rows = list(rows)
 
 
 class Role(IntEnum):
@@ -139,11 +153,7 @@ def _refuse_non_finite(log_total: Tensor) -> None:
     """Looked at only once the shortlist spans the vocabulary, as it does for such rows."""
     bad = ~log_total.isfinite().squeeze(-1)
     if bad.any():
-        raise NonFiniteLogitsError(
-            f"{int(bad.sum())} of {len(bad)} rows of logits are not finite (NaN or infinite), so no "
-            "token can be sampled. If training had begun, the student diverged: lower learning_rate. "
-            "Else a checkpoint or its dtype is broken (distillation.teacher.dtype)."
-        )
+        raise NonFiniteLogitsError(bad.nonzero()[:, 0].tolist())
 
 
 def _descending(scaled: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -116,9 +116,14 @@ class Rollout:
         """int64 [B]"""
         return self.completion_mask.sum(dim=1)
 
+    def unpadded(self) -> list[Tensor]:
+        """Completion ids without padding: B tensors, int64 [T_b]."""
+        lengths = self.completion_lengths.tolist()
+        return [ids[:length] for ids, length in zip(self.completion_ids, lengths, strict=True)]
+
     def row(self, index: int) -> Tensor:
         """Completion ids of one row without padding, int64 [T_b]."""
-        return self.completion_ids[index, : int(self.completion_lengths[index])]
+        return self.unpadded()[index]
 
     def select(self, start: int, stop: int) -> Rollout:
         """The rows [start, stop), trimmed to their own longest completion."""
