@@ -21,7 +21,9 @@ class PluginImportError(RuntimeError):
 
 def __getattr__(name: str) -> Any:
     if name != "SKDPlugin":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r} (plugins: takes axolotl_skd.SKDPlugin)"
+        )
     try:
         from axolotl_skd.plugin import SKDPlugin
     except ImportError as error:

@@ -13,7 +13,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_skd.config import Distillation
+from axolotl_skd.config import Distillation, TeacherConfig
 from axolotl_skd.losses.divergences import get_divergence
 from axolotl_skd.methods import LossRecipe, Share
 from axolotl_skd.preflight import (
@@ -158,7 +158,10 @@ def _description(
         "student": _parameters(student.model),
     }
     if teacher is not None:
-        parts["teacher"] = f"{distillation.teacher.base_model}, {_parameters(teacher.model)}"
+        quantised = _quantisation(distillation.teacher)
+        parts["teacher"] = (
+            f"{distillation.teacher.base_model}, {_parameters(teacher.model)}{quantised}"
+        )
         parts["vocabulary"] = shared
     if distillation.method_row.loss is LossRecipe.DIVERGENCE:
         parts["loss"] = _loss(distillation)
@@ -183,6 +186,12 @@ def _settings(distillation: Distillation) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
+def _quantisation(teacher: TeacherConfig) -> str:
+    if teacher.load_in_8bit:
+        return ", quantised to int8"
+    return f", quantised to {teacher.bnb_4bit_quant_type}" if teacher.load_in_4bit else ""
+
+
 def _parameters(model: nn.Module) -> str:
     """Parameter counts; bitsandbytes packs several 4-bit weights into one stored element."""
     total = model.num_parameters()
@@ -190,11 +199,6 @@ def _parameters(model: nn.Module) -> str:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     frozen = "frozen" if trainable == 0 else f"{trainable:,} trainable"
     return f"{total:,} parameters ({frozen}, {dtype})"
-
-
-def on_cpu() -> bool:
-    """Is there no accelerator, so that everything has to be told to run on the CPU?"""
-    return not torch.accelerator.is_available()
 
 
 def _refuse_lonely_ranks(trainer: DistillationTrainer) -> None:

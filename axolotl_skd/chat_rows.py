@@ -31,10 +31,14 @@ def chat_row(
         question, answer = user.format_map(row), assistant.format_map(row)
     except KeyError as error:
         raise ConversionError(
-            f"there is no field {error.args[0]!r}; the row has: {', '.join(row)}"
+            f"there is no field {error.args[0]!r}; the row has: {', '.join(row)} (a brace that is "
+            "meant as text is written twice)"
         ) from error
     for pattern in remove:
-        answer = re.sub(pattern, "", answer, flags=re.DOTALL)
+        try:
+            answer = re.sub(pattern, "", answer, flags=re.DOTALL)
+        except re.error as error:
+            raise ConversionError(f"{pattern!r} is no regular expression: {error}") from error
     return {
         "messages": [
             {"role": "user", "content": question},

@@ -40,18 +40,16 @@ def checked_datasets(
         DataError: see `check_rows`.
     """
 
-    def check(dataset: Dataset, name: str, needs_completion: bool) -> Dataset:
+    def check(dataset: Dataset, name: str) -> Dataset:
         return check_rows(
             dataset,
             name=name,
             max_prompt_tokens=distillation.rollout.max_prompt_tokens,
-            needs_completion=needs_completion,
             stop_ids=stop_ids,
         )
 
-    train = check(meta.train_dataset, "training", distillation.method_row.needs_completions)
-    # The validation loss is taken on the set's own completions, whatever the method.
-    validation = meta.eval_dataset and check(meta.eval_dataset, "validation", True)
+    train = check(meta.train_dataset, "training")
+    validation = meta.eval_dataset and check(meta.eval_dataset, "validation")
     steps = meta.total_num_steps
     if len(train) < len(meta.train_dataset):
         steps = calculate_total_num_steps(cfg, train)
@@ -64,7 +62,6 @@ def check_rows(
     *,
     name: str,
     max_prompt_tokens: int,
-    needs_completion: bool,
     stop_ids: Sequence[int],
 ) -> Dataset:
     """Refuse rows that cannot be used, drop those whose prompt is too long, say what was found.
@@ -73,14 +70,13 @@ def check_rows(
         dataset: tokenised rows (input_ids, labels).
         name: how to call it in messages ("training" or "validation").
         max_prompt_tokens: longest prompt that is kept.
-        needs_completion: whether a row without a trained token is an error.
         stop_ids: the stop set; completions should end in one of them.
 
     Returns:
         the rows to keep.
 
     Raises:
-        DataError: rows without a prompt or without a needed completion, or no row left.
+        DataError: rows without a prompt or without a completion, or no row left.
     """
     spans = [
         completion_span(labels, ids, stop_ids)
@@ -94,12 +90,13 @@ def check_rows(
         f"{name} row(s) have no prompt: their first token is already trained on, so there is nothing "
         "to continue. Give each row a user turn, or set train_on_inputs: false",
     )
-    if needs_completion:
-        _refuse(
-            lengths == 0,
-            f"{name} row(s) have no completion: all labels are -100. distillation.method or the "
-            "validation set needs one; check roles_to_train and the chat template",
-        )
+    # Also where the completion itself is not used: its beginning says where the prompt, with the
+    # header of the answer, ends. A row of user turns alone would be continued without that header.
+    _refuse(
+        lengths == 0,
+        f"{name} row(s) have no completion: all labels are -100, so there is no telling where an "
+        "answer begins. Give each row an assistant turn; check roles_to_train and the chat template",
+    )
     _warn_about_stops(dataset, spans, name, stop_ids)
     num_turns = sum(span.num_spans > 1 for span in spans)
     if num_turns:
@@ -170,6 +167,22 @@ class _DropWatch(logging.Handler):
         self.messages: list[str] = []
         self.reused = False
 
+    def restate(self, sequence_len: int) -> None:
+        """Say what was found."""
+        for message in self.messages:
+            LOG.warning(
+                "Axolotl: %s. It counts prompt and completion against sequence_len = %d, also where "
+                "only the prompt is used; raise sequence_len to keep such rows.",
+                message,
+                sequence_len,
+            )
+        if self.reused:
+            LOG.info(
+                "prepared data is reused: rows that Axolotl dropped when it was made (longer than "
+                "sequence_len = %d) are not counted again. Delete dataset_prepared_path to see them.",
+                sequence_len,
+            )
+
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         if message.startswith("Dropped ") and "outside valid range" in message:
@@ -190,19 +203,7 @@ def restating_dropped_rows(sequence_len: int) -> Iterator[None]:
         logger.addHandler(watch)
     try:
         yield
-    finally:
+    finally:  # also when nothing is left and Axolotl fails on that
         for logger in loggers:
             logger.removeHandler(watch)
-    if watch.reused:
-        LOG.info(
-            "prepared data is reused: rows that Axolotl dropped when it was made (longer than "
-            "sequence_len = %d) are not counted again. Delete dataset_prepared_path to see them.",
-            sequence_len,
-        )
-    for message in watch.messages:
-        LOG.warning(
-            "Axolotl: %s. It counts prompt and completion against sequence_len = %d, also where only "
-            "the prompt is used; raise sequence_len to keep such rows.",
-            message,
-            sequence_len,
-        )
+        watch.restate(sequence_len)

@@ -13,15 +13,16 @@ from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.dict import DictDefault
 
-from axolotl_skd.assembly import assemble, on_cpu
+from axolotl_skd.assembly import assemble
 from axolotl_skd.before_after import evaluate_end, evaluate_start
 from axolotl_skd.callbacks import StartLineCallback
 from axolotl_skd.config import read_distillation
+from axolotl_skd.cpu import fit_to_cpu, on_cpu
 from axolotl_skd.data import DistillationCollator
 from axolotl_skd.data_checks import checked_datasets, restating_dropped_rows
-from axolotl_skd.evaluation.tasks import check_tasks
 from axolotl_skd.preflight import (
     check_block_is_there,
+    check_eval_tasks,
     check_models,
     check_settings,
     stop_set,
@@ -47,13 +48,13 @@ class SKDPlugin(BasePlugin):
             return None
         check_settings(cfg, distillation)
         if distillation.eval is not None:
-            check_tasks(distillation.eval.tasks)
+            check_eval_tasks(distillation.eval.tasks)
         if preprocess:
             return None
         tokenizer = load_tokenizer(cfg)
         preflight = check_models(cfg, distillation, tokenizer)
         if on_cpu():
-            cfg.device_map = {"": "cpu"}  # Axolotl maps ranks to accelerators
+            fit_to_cpu(cfg)
         with restating_dropped_rows(cfg.sequence_len):
             meta = load_datasets(cfg=cfg)
         meta = checked_datasets(cfg, meta, distillation, preflight.stop_token_ids)

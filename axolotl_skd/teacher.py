@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ def _hub_arguments(config: TeacherConfig) -> dict[str, Any]:
 
 def _unreadable(config: TeacherConfig, what: str, error: Exception) -> TeacherError:
     reason = (str(error).strip() or repr(error)).splitlines()[0]
+    if str(config.base_model).startswith((".", "/", "~")) and not Path(config.base_model).exists():
+        reason = f"there is no such folder; looked from {Path.cwd()}"
     return TeacherError(
         f"distillation.teacher.base_model: the {what} of {config.base_model!r} could not be read "
         f"({type(error).__name__}: {reason}). "
@@ -42,7 +45,7 @@ def read_teacher_config(config: TeacherConfig) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(config.base_model, **_hub_arguments(config))
     except (OSError, ValueError) as error:
-        raise _unreadable(config, "configuration", error) from error
+        raise _unreadable(config, "configuration", error) from None
 
 
 def read_teacher_tokenizer(config: TeacherConfig) -> PreTrainedTokenizerBase:
@@ -50,7 +53,7 @@ def read_teacher_tokenizer(config: TeacherConfig) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(config.base_model, **_hub_arguments(config))
     except (OSError, ValueError) as error:
-        raise _unreadable(config, "tokenizer", error) from error
+        raise _unreadable(config, "tokenizer", error) from None
 
 
 def quantization_config(config: TeacherConfig) -> BitsAndBytesConfig | None:
@@ -100,7 +103,7 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unreadable(config, "weights", error) from error
+        raise _unreadable(config, "weights", error) from None
     missing = sorted(info["missing_keys"])
     if missing:
         # transformers fills them with random numbers and warns.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,15 @@ def test_the_readme_has_the_key_table_of_the_schema() -> None:
     assert table.startswith("| key |")
     readme = Path(__file__).parents[1] / "README.md"
     assert table in readme.read_text(encoding="utf-8")
+
+
+def test_the_last_line_of_the_real_command_is_the_path() -> None:
+    """Axolotl prints its logo on the standard output first; the README takes the last line."""
+    command = [str(Path(sys.executable).parent / "axolotl"), "skd", "path", "examples"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (Path(output.splitlines()[-1]) / "skd_tiny.yml").exists()
+
+
+def test_a_broken_expression_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="'[(][(]' is no regular expression"):
+        chat_row({"a": "b"}, "{a}", "{a}", ["(("])

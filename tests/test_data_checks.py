@@ -42,7 +42,6 @@ def check(dataset: Dataset, **keywords: Any) -> Dataset:
         **{
             "name": "training",
             "max_prompt_tokens": 8,
-            "needs_completion": True,
             "stop_ids": [EOS],
             **keywords,
         },
@@ -68,7 +67,7 @@ def test_rows_without_a_prompt_are_refused() -> None:
     assert "train_on_inputs: false" in message
 
 
-def test_rows_without_a_completion_are_refused_where_one_is_needed() -> None:
+def test_rows_without_a_completion_are_refused() -> None:
     dataset = rows(*[feature([1, 2], [])] * 7, GOOD)
     with pytest.raises(DataError) as refusal:
         check(dataset, name="validation")
@@ -76,7 +75,6 @@ def test_rows_without_a_completion_are_refused_where_one_is_needed() -> None:
     assert message.startswith("7 of 8 validation row(s) have no completion")
     assert "(first rows: [0, 1, 2, 3, 4])" in message  # five are enough
     assert "roles_to_train" in message
-    assert check(dataset, needs_completion=False) is dataset
 
 
 def test_long_prompts_are_dropped_with_their_number(caplog: pytest.LogCaptureFixture) -> None:
@@ -114,9 +112,8 @@ def test_completions_that_end_in_no_stop_token_are_warned_of(
         feature([1], [3, 7]),
         feature([1], [3, 6]),
         {"input_ids": [1, 2, EOS, 5], "labels": [X, 2, EOS, X]},  # ends in EOS all the same
-        feature([1, 2], []),
     )
-    check(dataset, stop_ids=(EOS, 8), needs_completion=False)
+    check(dataset, stop_ids=(EOS, 8))
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     message = record.getMessage()
@@ -124,7 +121,7 @@ def test_completions_that_end_in_no_stop_token_are_warned_of(
     assert "eot_tokens" in message and "stop_token_ids" in message
 
     caplog.clear()
-    check(dataset, stop_ids=(EOS, 7, 6), needs_completion=False)
+    check(dataset, stop_ids=(EOS, 7, 6))
     assert not caplog.records
 
 
@@ -191,23 +188,15 @@ def test_validation_rows_are_dropped_without_touching_the_steps() -> None:
     assert checked.total_num_steps == 1
 
 
-@pytest.mark.parametrize(
-    ("method", "training_needs_completions"),
-    [("skd", False), ("seqkd", False), ("supervised_kd", True), ("sft", True), ("gkd", True)],
-)
-def test_which_sets_need_completions(method: str, training_needs_completions: bool) -> None:
+@pytest.mark.parametrize("method", ["skd", "seqkd", "supervised_kd", "sft"])
+def test_every_set_needs_completions_whatever_the_method(method: str) -> None:
+    """Without one there is no header of an answer at the end of the prompt."""
     bare = rows(GOOD, feature([1], []))
-    meta = TrainDatasetMeta(bare, None, 1)
-    if training_needs_completions:
-        with pytest.raises(DataError, match="1 of 2 training"):
-            checked_datasets(training_cfg(), meta, settings(method), stop_ids=[EOS])
-    else:
-        checked_datasets(training_cfg(), meta, settings(method), stop_ids=[EOS])
-    # The validation loss is taken on the set's own completions, whatever the method.
-    with pytest.raises(DataError, match="1 of 2 validation"):
-        checked_datasets(
-            training_cfg(), TrainDatasetMeta(rows(GOOD), bare, 1), settings(method), stop_ids=[EOS]
-        )
+    for sets, name in (((bare, None), "training"), ((rows(GOOD), bare), "validation")):
+        with pytest.raises(DataError, match=f"1 of 2 {name}"):
+            checked_datasets(
+                training_cfg(), TrainDatasetMeta(*sets, 1), settings(method), stop_ids=[EOS]
+            )
 
 
 # Rows that Axolotl drops

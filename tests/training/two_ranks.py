@@ -24,8 +24,8 @@ def main() -> None:
         source = trainer.distiller.source
         complete = source.complete
 
-        def watched(batches, epoch):
-            completed, metrics = complete(batches, epoch)
+        def watched(batches, epoch, progress):
+            completed, metrics = complete(batches, epoch, progress)
             for batch in completed:
                 for index, sample in enumerate(batch["sample_ids"].tolist()):
                     kept = batch["attention_mask"][index].bool()

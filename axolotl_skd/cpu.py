@@ -1,0 +1,28 @@
+"""Runs without an accelerator: what Axolotl has to be told so that they work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
+
+# Triton kernels that Axolotl switches on for LoRA by itself; the plain modules compute the same.
+_LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+
+
+def on_cpu() -> bool:
+    """Is there no accelerator?"""
+    return not torch.accelerator.is_available()
+
+
+def fit_to_cpu(cfg: Any) -> None:
+    """Keep ranks off accelerators that are not there, and Triton kernels off the CPU (in place)."""
+    cfg.device_map = {"": "cpu"}  # Axolotl would map ranks to devices
+    kernels = [key for key in _LORA_KERNELS if cfg.get(key)]
+    if kernels:
+        LOG.info("no accelerator: %s switched off", ", ".join(kernels))
+    for key in kernels:
+        cfg[key] = False
