@@ -19,18 +19,7 @@ from axolotl_skd.data import (
     pad_rows,
     sample_id,
 )
-
-X = -100
-EOS = 9
-
-
-def feature(prompt: list[int], completion: list[int], **more: Any) -> dict[str, Any]:
-    return {
-        "input_ids": prompt + completion,
-        "labels": [X] * len(prompt) + completion,
-        "attention_mask": [1] * len(prompt + completion),
-        **more,
-    }
+from tests.helpers import EOS, X, feature
 
 
 def collator(pad: int = 0, **keywords: Any) -> DistillationCollator:

@@ -18,18 +18,7 @@ from axolotl_skd.data_checks import (
     checked_datasets,
     restating_dropped_rows,
 )
-
-X = -100
-EOS = 9
-
-
-def feature(prompt: list[int], completion: list[int], **more: Any) -> dict[str, Any]:
-    return {
-        "input_ids": prompt + completion,
-        "labels": [X] * len(prompt) + completion,
-        "attention_mask": [1] * len(prompt + completion),
-        **more,
-    }
+from tests.helpers import EOS, X, feature
 
 
 def rows(*features: dict[str, Any]) -> Dataset:
