@@ -206,7 +206,7 @@ def test_a_quantised_teacher_verifies_a_rollout(
         rollout = RolloutEngine(student, teacher).interleave(prompts, params)
         # The verdicts are the quantised teacher's own, by a plain forward on what came out.
         for row, prompt in enumerate(prompts.ids):
-            completion = rollout.row(row)
+            completion = rollout.unpadded()[row]
             whole = torch.cat([prompt, completion])[None]
             logits = model(whole).logits[0, len(prompt) - 1 : -1].float()
             stored = teacher.logits(rollout.teacher_hidden[row, : len(completion)]).float()

@@ -121,10 +121,6 @@ class Rollout:
         lengths = self.completion_lengths.tolist()
         return [ids[:length] for ids, length in zip(self.completion_ids, lengths, strict=True)]
 
-    def row(self, index: int) -> Tensor:
-        """Completion ids of one row without padding, int64 [T_b]."""
-        return self.unpadded()[index]
-
     def select(self, start: int, stop: int) -> Rollout:
         """The rows [start, stop), trimmed to their own longest completion."""
         rows = slice(start, stop)

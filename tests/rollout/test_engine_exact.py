@@ -370,7 +370,7 @@ def test_stored_states_equal_a_fresh_teacher_forward(name: str, num_draft_tokens
     assert teacher.num_forwards == 1 + rollout.num_rounds  # no second pass over the rollout
     num_replaced = 0
     for i, prompt in enumerate(case.prompts):
-        completion = rollout.row(i)
+        completion = rollout.unpadded()[i]
         ids = torch.cat([torch.tensor(prompt), completion])
         fresh = case.teacher(input_ids=ids[None], use_cache=False).logits[0]
         fresh = fresh[len(prompt) - 1 : -1]  # position t predicts t + 1

@@ -133,7 +133,7 @@ def params_of(
 
 
 def completions(result: Rollout) -> list[list[int]]:
-    return [result.row(i).tolist() for i in range(len(result.completion_ids))]
+    return [ids.tolist() for ids in result.unpadded()]
 
 
 # --- never, always, sometimes -----------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_the_stored_hidden_state_predicts_its_token() -> None:
     prompts = [[1], [9, 4, 2]]
     result = rollout(count_up, skip_before_multiples_of_four, prompts, [9, 4], num_draft_tokens=3)
     for i, prompt in enumerate(prompts):
-        completion = result.row(i).tolist()
+        completion = result.unpadded()[i].tolist()
         prefixes = [prompt + completion[:t] for t in range(len(completion))]
         favourites = [skip_before_multiples_of_four(prefix)[0] for prefix in prefixes]
         assert result.teacher_hidden[i, : len(completion)].argmax(-1).tolist() == favourites
@@ -396,5 +396,5 @@ def test_sampling_settings_of_the_teacher_do_not_touch_acceptance(
     engine = RolloutEngine(ScriptedLM(count_up), ScriptedLM(teacher))
     result = engine.interleave(batch([[1], [2], [33]], [20, 20, 20]), params)
     for i, first in enumerate([1, 2, 33]):
-        previous = [first, *result.row(i).tolist()[:-1]]
+        previous = [first, *result.unpadded()[i].tolist()[:-1]]
         assert result.accepted_mask[i].tolist() == [token % 2 == 1 for token in previous]

@@ -91,7 +91,7 @@ def rollout() -> Rollout:
 
 def test_lengths_and_rows_follow_the_mask_not_the_ids(rollout: Rollout) -> None:
     assert rollout.completion_lengths.tolist() == [4, 1, 2]
-    assert [rollout.row(i).tolist() for i in range(3)] == [[5, 6, 7, 8], [9], [3, 0]]
+    assert [ids.tolist() for ids in rollout.unpadded()] == [[5, 6, 7, 8], [9], [3, 0]]
 
 
 def test_select_cuts_rows_and_trims_to_their_longest(rollout: Rollout) -> None:
