@@ -1,4 +1,4 @@
-"""Tiny random models and tokenizers on disk, and tokenised rows, for several tests."""
+"""Tiny random models and tokenizers on disk, for tests that need real folders."""
 
 from __future__ import annotations
 
@@ -80,18 +80,3 @@ def save_pair(folder: Path, **teacher: Any) -> tuple[Path, Path]:
     save_model(paths[0], seed=1)
     save_model(paths[1], seed=2, **{"hidden_size": 32, **teacher})
     return paths
-
-
-# Tokenised rows
-
-X = -100  # a label that is not trained
-EOS = 9
-
-
-def feature(prompt: list[int], completion: list[int], **more: Any) -> dict[str, Any]:
-    return {
-        "input_ids": prompt + completion,
-        "labels": [X] * len(prompt) + completion,
-        "attention_mask": [1] * len(prompt + completion),
-        **more,
-    }

@@ -19,7 +19,7 @@ from axolotl_skd.data import (
     pad_rows,
     sample_id,
 )
-from tests.helpers import EOS, X, feature
+from tests.token_rows import EOS, X, feature
 
 
 def collator(pad: int = 0, **keywords: Any) -> DistillationCollator:

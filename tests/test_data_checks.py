@@ -18,7 +18,7 @@ from axolotl_skd.data_checks import (
     checked_datasets,
     restating_dropped_rows,
 )
-from tests.helpers import EOS, X, feature
+from tests.token_rows import EOS, X, feature
 
 
 def rows(*features: dict[str, Any]) -> Dataset:
