@@ -130,7 +130,7 @@ class RolloutEngine:
                 hidden = lm.forward(
                     flight.pending[:, None], flight.positions(1), caches[0], flight.longest
                 )
-                uniforms = flight.uniforms(1, role)[0]
+                uniforms = flight.uniforms(1)[role]
                 tokens = sampler(lm.logits(hidden[:, -1]), temperature, top_p, uniforms[:, 0])
                 one = torch.ones_like(tokens)
                 return Proposal(
@@ -209,10 +209,9 @@ class RolloutEngine:
     ) -> Proposal:
         """Draft, verify, replace, once for all rows in flight."""
         teacher = self._require_teacher()
-        roles = (Role.STUDENT, Role.TEACHER, Role.ACCEPT)
-        uniforms = flight.uniforms(num_draft, *roles)
+        uniforms = flight.uniforms(num_draft)
         watch.mark()
-        fed, drafts = self._draft(flight, caches[0], uniforms[0], params, sampler)
+        fed, drafts = self._draft(flight, caches[0], uniforms[Role.STUDENT], params, sampler)
         watch.mark()
         # Verification happens where the teacher lives; only token ids travel.
         hidden = teacher.forward(
@@ -221,7 +220,7 @@ class RolloutEngine:
             caches[1],
             flight.longest + num_draft - 1,
         )
-        tokens, num_accepted = self._verify(hidden, drafts, uniforms[1:], params, sampler)
+        tokens, num_accepted = self._verify(hidden, drafts, uniforms, params, sampler)
         return Proposal(
             tokens=tokens,
             limit=(num_accepted + 1).clamp(max=num_draft),
@@ -266,7 +265,7 @@ class RolloutEngine:
         Args:
             hidden: the teacher's states [R, G, H], on its device.
             drafts: int64 [R, G].
-            uniforms: random numbers of replacement and acceptance, float64 [2, R, G].
+            uniforms: random numbers by role, float64 [3, R, G].
             params, sampler: how to sample.
 
         Returns:
@@ -279,7 +278,10 @@ class RolloutEngine:
         verdicts = [
             self._verdicts(*part, params)
             for part in zip(
-                *(x.split(self._verified_rows(num_draft)) for x in (hidden, judged, uniforms[1])),
+                *(
+                    x.split(self._verified_rows(num_draft))
+                    for x in (hidden, judged, uniforms[Role.ACCEPT])
+                ),
                 strict=True,
             )
         ]
@@ -290,7 +292,7 @@ class RolloutEngine:
             deciding,
             params.teacher_temperature,
             params.teacher_top_p,
-            uniforms[0].gather(1, index)[:, 0],
+            uniforms[Role.TEACHER].gather(1, index)[:, 0],
         )
         offsets = torch.arange(num_draft, device=device)
         tokens = torch.where(offsets == num_accepted[:, None], replacements[:, None], judged)
