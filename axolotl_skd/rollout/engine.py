@@ -275,16 +275,9 @@ class RolloutEngine:
         device, num_draft = hidden.device, drafts.shape[1]
         judged, uniforms = drafts.to(device), uniforms.to(device)
         # Some rows at a time: logits of all of them need not exist together.
-        verdicts = [
-            self._verdicts(*part, params)
-            for part in zip(
-                *(
-                    x.split(self._verified_rows(num_draft))
-                    for x in (hidden, judged, uniforms[Role.ACCEPT])
-                ),
-                strict=True,
-            )
-        ]
+        num_rows = max(1, VERIFIED_ELEMENTS // (num_draft * self._require_teacher().vocab_size))
+        parts = (x.split(num_rows) for x in (hidden, judged, uniforms[Role.ACCEPT]))
+        verdicts = [self._verdicts(*part, params) for part in zip(*parts, strict=True)]
         num_accepted, deciding = (torch.cat(parts) for parts in zip(*verdicts, strict=True))
         # Where everything was accepted the last index is sampled in vain and not used.
         index = num_accepted.clamp(max=num_draft - 1)[:, None]
@@ -307,10 +300,6 @@ class RolloutEngine:
         num_accepted = accepted.long().cumprod(dim=1).sum(dim=1)
         index = num_accepted.clamp(max=drafts.shape[1] - 1)
         return num_accepted, logits.take_along_dim(index[:, None, None], dim=1)[:, 0]
-
-    def _verified_rows(self, num_draft: int) -> int:
-        """Rows whose logits are looked at together."""
-        return max(1, VERIFIED_ELEMENTS // (num_draft * self._require_teacher().vocab_size))
 
     def _draft_length(self, params: SamplingParams) -> DraftLength:
         if params.num_draft_tokens == AUTO:
