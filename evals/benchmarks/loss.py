@@ -201,11 +201,12 @@ def make_inputs(task: Task, device: torch.device) -> Inputs:
         return drawn.to(device, dtype)
 
     def head(size: int) -> nn.Linear:
-        module = nn.utils.skip_init(nn.Linear, size, task.vocab_size, bias=False)
+        # In its own dtype from the start: a passing copy in another would count as held already.
+        module = nn.utils.skip_init(nn.Linear, size, task.vocab_size, bias=False, dtype=dtype)
         bound = 3 / size**0.5
         with torch.no_grad():
             module.weight.uniform_(-bound, bound, generator=generator)
-        return module.to(device, dtype)
+        return module.to(device)
 
     student, teacher = states(STUDENT_SIZE).requires_grad_(), states(TEACHER_SIZE)
     return Inputs(student, head(STUDENT_SIZE), teacher, head(TEACHER_SIZE).requires_grad_(False))
