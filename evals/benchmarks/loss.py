@@ -128,6 +128,12 @@ def checkpointed_chunks(inputs: Inputs, divergence: str) -> Tensor:
     return torch.stack(losses).sum()
 
 
+def liger_in_our_chunks(inputs: Inputs, divergence: str) -> Tensor:
+    positions = len(inputs.student)
+    num_chunks = -(-positions // chunk_size(inputs.student_head.out_features))
+    return liger(inputs, divergence, positions // num_chunks)  # it rounds their number down
+
+
 def liger(inputs: Inputs, divergence: str, chunk: int | None = None) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -156,9 +162,7 @@ def ours(inputs: Inputs, divergence: str) -> Tensor:
 CONTENDERS: dict[str, Callable[[Inputs, str], Tensor]] = {
     FULL: full_logits,
     CHECKPOINTED: checkpointed_chunks,
-    LIGER: lambda inputs, divergence: liger(
-        inputs, divergence, chunk_size(inputs.student_head.out_features)
-    ),
+    LIGER: liger_in_our_chunks,
     LIGER_DEFAULT: liger,
     OURS: ours,
 }
