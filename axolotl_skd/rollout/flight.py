@@ -213,8 +213,9 @@ class Flight:
     def uniforms(self, num_tokens: int, *roles: Role) -> Tensor:
         """Random numbers of the next tokens, keyed by position: float64 [roles, R, num_tokens]."""
         offsets = torch.arange(num_tokens, device=self.device)
-        which = torch.tensor(roles, device=self.device)[:, None, None]
-        return keyed_uniform(self._stream[:, None], self._next[:, None] + offsets, which)
+        # Filled in by the device: it would have to be waited for to copy a list there.
+        which = torch.stack([torch.full((), role, device=self.device) for role in roles])
+        return keyed_uniform(self._stream[:, None], self._next[:, None] + offsets, which[:, None, None])
 
     def judge(self, proposal: Proposal) -> Verdict:
         """How much of a proposal each row takes: up to its length or first stop token."""
