@@ -91,6 +91,7 @@ class Flight:
             device: of the state, the student's.
             num_seats: most rows in flight, default all.
             seats_for: seats that a number of rows in flight is given; more than that many stay empty.
+                Never more than `num_seats`.
         """
         self._prompts = prompts
         self._seats_for = seats_for
@@ -99,8 +100,10 @@ class Flight:
         self._lengths = [len(row) for row in prompts.ids]
         self._max_new = prompts.max_new_tokens.tolist()
         self._waiting = list(range(num_rows))
-        most = num_rows if num_seats is None else min(num_seats, num_rows)
-        self.num_seats = seats_for(most)
+        if num_seats is None:
+            self.num_seats = seats_for(num_rows)
+        else:
+            self.num_seats = min(seats_for(min(num_seats, num_rows)), num_seats)
         self.num_slots = max(map(sum, zip(self._lengths, self._max_new, strict=True)))
         # The seats, on the device. `next` is the position of the token to come, `end` where the row's
         # length ends it; a seat is empty iff next == end.
@@ -215,7 +218,9 @@ class Flight:
         offsets = torch.arange(num_tokens, device=self.device)
         # Filled in by the device: it would have to be waited for to copy a list there.
         which = torch.stack([torch.full((), role, device=self.device) for role in roles])
-        return keyed_uniform(self._stream[:, None], self._next[:, None] + offsets, which[:, None, None])
+        return keyed_uniform(
+            self._stream[:, None], self._next[:, None] + offsets, which[:, None, None]
+        )
 
     def judge(self, proposal: Proposal) -> Verdict:
         """How much of a proposal each row takes: up to its length or first stop token."""
