@@ -19,7 +19,7 @@ from axolotl_skd.rollout import engine as engine_module
 from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.flight import Committed, Flight, Proposal, group_prompts
 from axolotl_skd.rollout.lm import CausalLM
-from axolotl_skd.rollout.sampling import Role, keyed_uniform, row_streams
+from axolotl_skd.rollout.sampling import NonFiniteLogitsError, Role, keyed_uniform, row_streams
 from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
 from tests.rollout.scripted import (
     Script,
@@ -479,3 +479,91 @@ def test_the_host_waits_once_a_round(method: str, monkeypatch: pytest.MonkeyPatc
     assert rounds == (6 if method == "interleave" else 18)
     assert (reads, writes) == (rounds, 0)
     assert difference(patient=True)[1] > rounds  # the count sees what it should
+
+
+# --- haste ------------------------------------------------------------------------------------
+
+
+def hasty_rounds(
+    monkeypatch: pytest.MonkeyPatch, enough: Callable[[int], bool], num_rounds: int
+) -> tuple[list[int], Rollout]:
+    """Rounds that are tried in haste, where the shortlist is long `enough` or not; and what came.
+
+    A token a round, counting up; an attempt that was not enough has it wrong.
+    """
+    tried: list[int] = []
+    student = ScriptedLM(count_up)
+    sample = engine_module.sample_from_shortlist
+
+    def in_haste(*args: Any) -> tuple[Tensor, Tensor]:
+        tokens, _ = sample(*args)
+        number = student.fed[-1][0][0]  # a prompt of one token: its round is its position
+        tried.append(number)
+        good = enough(number)
+        return (tokens if good else tokens + 1), torch.full_like(tokens, good, dtype=torch.bool)
+
+    monkeypatch.setattr(engine_module, "sample_from_shortlist", in_haste)
+    engine = RolloutEngine(student, patient=False)
+    result = engine.sample_student(batch([[0]], [num_rounds]), params_of(1))
+    assert completions(result) == [[(i + 1) % 50 for i in range(num_rounds)]]
+    assert result.num_rounds == num_rounds
+    return tried, result
+
+
+def test_haste_that_is_enough_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, _ = hasty_rounds(monkeypatch, lambda _: True, 20)
+    assert tried == list(range(20))
+
+
+def test_haste_in_vain_is_tried_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With pauses of 1, 2, 4, ... 64, 64 rounds, so what is lost is bounded; all tokens are right."""
+    tried, _ = hasty_rounds(monkeypatch, lambda _: False, 250)
+    pauses = [b - a - 1 for a, b in zip(tried, tried[1:], strict=False)]
+    assert (tried[0], pauses) == (0, [1, 2, 4, 8, 16, 32, 64, 64])
+
+
+def test_haste_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One success and it is trusted again; the next failure costs one round's pause."""
+    tried, _ = hasty_rounds(monkeypatch, lambda number: number > 4 and number != 15, 20)
+    assert tried == [0, 2, *range(5, 16), 17, 18, 19]
+
+
+def test_an_empty_seat_does_not_spoil_the_haste(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its samples are nobody's: three rows in four seats, then one row in one."""
+    calls = []
+    sample = engine_module.sample_from_shortlist
+
+    def in_haste(*args: Any) -> tuple[Tensor, Tensor]:
+        tokens, settled = sample(*args)
+        calls.append(len(tokens))
+        return tokens, settled & (torch.arange(len(tokens)) < 3)
+
+    monkeypatch.setattr(engine_module, "sample_from_shortlist", in_haste)
+    engine = RolloutEngine(ScriptedLM(count_up), patient=False, fixed_shapes=True)
+    result = engine.sample_student(batch([[1], [2], [3]], [4, 6, 4]), params_of(1))
+    assert completions(result) == [[2, 3, 4, 5], [3, 4, 5, 6, 7, 8], [4, 5, 6, 7]]
+    assert calls == [4, 4, 4, 4, 1, 1]
+
+
+# --- logits from which nothing can be sampled -------------------------------------------------
+
+
+class BrokenLM(WatchedLM):
+    """Not a number wherever the first token of the prompt is 13."""
+
+    def _logits(self, prefix: Tensor) -> Tensor:
+        logits = super()._logits(prefix)
+        return logits * torch.nan if int(prefix[0]) == 13 else logits
+
+
+@pytest.mark.parametrize("patient", [True, False])
+@pytest.mark.parametrize("broken", ["student", "teacher"])
+def test_an_error_names_the_row_not_its_seat(broken: str, patient: bool) -> None:
+    """Row 3 sits in seat 0 by then."""
+    kinds = [BrokenLM if name == broken else WatchedLM for name in ("student", "teacher")]
+    engine = RolloutEngine(
+        *(kind(skip_one) for kind in kinds), rollout_batch_size=2, patient=patient
+    )
+    with pytest.raises(NonFiniteLogitsError) as error:
+        engine.interleave(batch([[10], [11], [12], [13]], [2, 6, 2, 2]), params_of(2))
+    assert error.value.rows == [3]

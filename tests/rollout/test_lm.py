@@ -261,7 +261,7 @@ def test_full_logits_are_probed_too() -> None:
 
 
 class Bypassed(LlamaForCausalLM):
-    """Its own forward fails: no way to run it is better than another."""
+    """Its own forward takes no cache; its decoder does."""
 
     def forward(self, *args: object, **kwargs: object) -> CausalLMOutputWithPast:
         if kwargs.get("past_key_values") is not None:
