@@ -146,6 +146,11 @@ class Flight:
         return max(end - at for at, end in zip(self._host_next, self._host_end, strict=True))
 
     @property
+    def live(self) -> Tensor:
+        """bool [R] on the device, False where a seat is empty."""
+        return self._next < self._end
+
+    @property
     def device(self) -> torch.device:
         return self._next.device
 
