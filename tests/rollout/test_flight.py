@@ -472,11 +472,11 @@ def test_the_host_waits_once_a_round(method: str, monkeypatch: pytest.MonkeyPatc
         return result.num_rounds, counted.num_reads, counted.num_writes
 
     def difference(patient: bool) -> list[int]:
-        few, many = waits(6, patient), waits(24, patient)
+        few, many = waits(3, patient), waits(12, patient)
         return [b - a for a, b in zip(few, many, strict=True)]
 
     rounds, reads, writes = difference(patient=False)
-    assert rounds == (6 if method == "interleave" else 18)
+    assert rounds == (3 if method == "interleave" else 9)
     assert (reads, writes) == (rounds, 0)
     assert difference(patient=True)[1] > rounds  # the count sees what it should
 
