@@ -17,13 +17,13 @@ from typing import Protocol
 
 MAX_DRAFT_TOKENS = 16
 
-# What is tried until both costs have been seen at different sizes.
+# What is tried at first, and again whenever the teacher's cost is known at one size alone.
 _TRIALS = (4, 2, 6)
 # Verified tokens after which an old acceptance counts half, and the weight of the guess at the start.
 _HALF_LIFE = 2000.0
 _PRIOR_ACCEPTED, _PRIOR_VERIFIED = 14.0, 20.0
-# Measurements of a size whose median stands for it.
-_MEMORY = 9
+# Measurements that are remembered: what was slow once, as a first forward is, does not count for ever.
+_MEMORY = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +75,22 @@ def expected_tokens(acceptance_rate: float, num_draft_tokens: int) -> float:
 class LinearCost:
     """Seconds of a forward as a straight line in the number of tokens fed, from medians per size."""
 
-    _samples: dict[int, deque[float]] = field(default_factory=dict)
+    _samples: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_MEMORY))
 
     @property
     def num_sizes(self) -> int:
-        return len(self._samples)
+        return len({size for size, _ in self._samples})
 
     def add(self, num_tokens: int, seconds: float) -> None:
-        self._samples.setdefault(num_tokens, deque(maxlen=_MEMORY)).append(seconds)
+        self._samples.append((num_tokens, seconds))
 
     def line(self) -> tuple[float, float]:
         """(seconds at no tokens, seconds per token): least squares, neither of them negative."""
-        sizes = list(self._samples)
-        seconds = [statistics.median(samples) for samples in self._samples.values()]
+        by_size: dict[int, list[float]] = {}
+        for size, duration in self._samples:
+            by_size.setdefault(size, []).append(duration)
+        sizes = list(by_size)
+        seconds = [statistics.median(durations) for durations in by_size.values()]
         mean_size, mean_seconds = statistics.fmean(sizes), statistics.fmean(seconds)
         spread = sum((size - mean_size) ** 2 for size in sizes)
         slope = 0.0
@@ -115,8 +118,8 @@ class AdaptiveDraftLength:
 
     def choose(self, num_rows: int, longest_remaining: int) -> int:
         most = min(self._max, longest_remaining)
-        if self._rounds < len(_TRIALS):
-            return min(_TRIALS[self._rounds], most)
+        if self._rounds < len(_TRIALS) or self._teacher.num_sizes == 1:
+            return min(_TRIALS[self._rounds % len(_TRIALS)], most)
         student, student_slope = self._student.line()
         teacher, teacher_slope = self._teacher.line()
         step = student + student_slope * num_rows

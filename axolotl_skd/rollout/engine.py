@@ -185,7 +185,7 @@ class RolloutEngine:
         attempts = (True,) if self._haste.given_up() else (False, True)
         for patient in attempts:
             try:
-                verdict = flight.judge(propose(_Sampler(patient, flight.device)))
+                verdict = flight.judge(propose(_Sampler(patient, flight.live)))
             except NonFiniteLogitsError as error:
                 # Rows of the rollout, not seats.
                 raise NonFiniteLogitsError(flight.rows_at(error.rows)) from error
@@ -315,9 +315,15 @@ class RolloutEngine:
 class _Sampler:
     """Samples of one round: each looked at on the spot, or all at once by `settled`."""
 
-    def __init__(self, patient: bool, device: torch.device) -> None:
+    def __init__(self, patient: bool, live: Tensor) -> None:
+        """
+        Args:
+            patient: look at each.
+            live: bool [R], whose samples count.
+        """
         self._patient = patient
-        self._settled = torch.ones((), dtype=torch.bool, device=device)
+        self._empty = ~live
+        self._settled = live.new_ones(())
 
     @property
     def settled(self) -> Tensor:
@@ -331,7 +337,7 @@ class _Sampler:
         if self._patient:
             return sample_top_p(logits, temperature, top_p, uniforms)
         tokens, settled = sample_from_shortlist(logits, temperature, top_p, uniforms)
-        self._settled = self._settled & settled.all().to(self._settled.device)
+        self._settled = self._settled & (settled.to(self._empty.device) | self._empty).all()
         return tokens
 
 

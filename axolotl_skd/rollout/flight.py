@@ -91,6 +91,7 @@ class Flight:
             device: of the state, the student's.
             num_seats: most rows in flight, default all.
             seats_for: seats that a number of rows in flight is given; more than that many stay empty.
+                Never more than `num_seats`.
         """
         self._prompts = prompts
         self._seats_for = seats_for
@@ -99,8 +100,10 @@ class Flight:
         self._lengths = [len(row) for row in prompts.ids]
         self._max_new = prompts.max_new_tokens.tolist()
         self._waiting = list(range(num_rows))
-        most = num_rows if num_seats is None else min(num_seats, num_rows)
-        self.num_seats = seats_for(most)
+        if num_seats is None:
+            self.num_seats = seats_for(num_rows)
+        else:
+            self.num_seats = min(seats_for(min(num_seats, num_rows)), num_seats)
         self.num_slots = max(map(sum, zip(self._lengths, self._max_new, strict=True)))
         # The seats, on the device. `next` is the position of the token to come, `end` where the row's
         # length ends it; a seat is empty iff next == end.
@@ -141,6 +144,11 @@ class Flight:
     def longest_remaining(self) -> int:
         """Tokens still to come in the row that has most of them."""
         return max(end - at for at, end in zip(self._host_next, self._host_end, strict=True))
+
+    @property
+    def live(self) -> Tensor:
+        """bool [R] on the device, False where a seat is empty."""
+        return self._next < self._end
 
     @property
     def device(self) -> torch.device:

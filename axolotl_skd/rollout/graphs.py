@@ -45,10 +45,6 @@ class GraphedForwards:
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, tuple[tuple[Tensor, ...], Replay, Tensor]] = {}
 
-    @property
-    def num_graphs(self) -> int:
-        return len(self._graphs)
-
     def __call__(self, key: Hashable, forward: Forward, *inputs: Tensor) -> Tensor:
         """`forward(*inputs)`; equal keys promise equal shapes and equal work on the inputs."""
         if self._capture is None:

@@ -7,6 +7,7 @@ mode leaves no trace; masks and cache follow the definition slot == position.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -17,8 +18,27 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from axolotl_skd.rollout.attention import additive, visible_slots
 from axolotl_skd.rollout.cache import VIEW_MULTIPLE, SlotCache
-from axolotl_skd.rollout.lm import CausalLM, Head, UnsupportedModelError, probe, rollout_mode
-from tests.rollout.tiny import FAMILIES, VOCAB_SIZE, one_thread, random_prompts, tiny_model
+from axolotl_skd.rollout.engine import RolloutEngine
+from axolotl_skd.rollout.lm import (
+    CausalLM,
+    FullLogitsLM,
+    Head,
+    UnsupportedModelError,
+    probe,
+    probed_lm,
+    rollout_mode,
+)
+from axolotl_skd.rollout.sampling import row_streams
+from axolotl_skd.rollout.types import Prompts, SamplingParams
+from tests.rollout import oracle
+from tests.rollout.tiny import (
+    FAMILIES,
+    STOP_IDS,
+    VOCAB_SIZE,
+    one_thread,
+    random_prompts,
+    tiny_model,
+)
 
 SHARPNESS = 5.0
 
@@ -172,6 +192,137 @@ def test_layers_without_a_cache_by_position_are_refused(kind: str) -> None:
 
 def test_the_refusal_is_a_value_error() -> None:
     assert issubclass(UnsupportedModelError, ValueError)
+
+
+# --- full logits where the head is not all ----------------------------------------------------
+
+
+class Biased(LlamaForCausalLM):
+    """Tokens have charms that no head knows of, and large logits weigh less."""
+
+    def forward(self, *args: object, **kwargs: object) -> CausalLMOutputWithPast:
+        output = super().forward(*args, **kwargs)
+        charms = torch.arange(VOCAB_SIZE) % 7
+        output.logits = 3 * torch.asinh(output.logits) + charms
+        return output
+
+
+def strange_model(
+    model_class: type[PreTrainedModel], seed: int, sharpness: float = 20.0
+) -> PreTrainedModel:
+    """With the weights of the tiny Llama, but logits of its own."""
+    usual = tiny_model("llama", seed=seed, sharpness=sharpness)
+    model = model_class(usual.config).eval()
+    model.load_state_dict(usual.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_class", [Doubled, Shifted, Warmer, Biased])
+def test_a_head_that_is_not_all_falls_back_to_full_logits(
+    model_class: type[PreTrainedModel], dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = strange_model(model_class, seed=1).to(dtype)
+    with caplog.at_level(logging.WARNING):
+        lm = probed_lm(model, "the teacher", vocab_size=VOCAB_SIZE - 50)
+    assert isinstance(lm, FullLogitsLM)
+    (record,) = caplog.records
+    assert "the teacher: the output head of" in record.message
+    assert "Falling back to full logits" in record.message
+    ids = torch.tensor(random_prompts(3, [9, 9]))
+    with torch.no_grad():
+        hidden, logits = lm.hidden_states(ids), model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(hidden, logits)
+    assert torch.equal(lm.logits(hidden), logits[..., : VOCAB_SIZE - 50])
+    assert not list(lm.head_module.parameters())  # the loss must not look for gradients behind it
+
+
+def test_no_fallback_where_none_is_needed(caplog: pytest.LogCaptureFixture) -> None:
+    lm = probed_lm(tiny_model("gemma2", seed=1), "student")
+    assert type(lm) is CausalLM
+    assert not caplog.records
+
+
+class Forgetful(LlamaForCausalLM):
+    """Its logits depend on whether there is a cache."""
+
+    def forward(self, *args: object, **kwargs: object) -> CausalLMOutputWithPast:
+        output = super().forward(*args, **kwargs)
+        if kwargs.get("past_key_values") is not None:
+            output.logits = output.logits.flip(-1)
+        else:
+            output.logits = 2 * output.logits
+        return output
+
+
+def test_full_logits_are_probed_too() -> None:
+    with pytest.raises(UnsupportedModelError, match="student: Forgetful with a KV cache"):
+        probed_lm(strange_model(Forgetful, seed=1), "student")
+
+
+class Bypassed(LlamaForCausalLM):
+    """Its own forward takes no cache; its decoder does."""
+
+    def forward(self, *args: object, **kwargs: object) -> CausalLMOutputWithPast:
+        if kwargs.get("past_key_values") is not None:
+            raise TypeError("no cache, please")
+        return super().forward(*args, **kwargs)
+
+
+def test_only_a_strange_head_falls_back() -> None:
+    """A model whose decoder is sound needs no full logits, though they would fail."""
+    assert type(probed_lm(strange_model(Bypassed, seed=1), "student")) is CausalLM
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_draft_tokens", [1, 4])
+def test_a_rollout_through_full_logits_equals_the_oracle(num_draft_tokens: int) -> None:
+    """Both models strange, each in its own way; the kept states are the logits."""
+    models = strange_model(Biased, seed=1), strange_model(Shifted, seed=2)
+    prompts, key = random_prompts(5, [1, 20, 6]), oracle.Key(3, 1, 100)
+    params = SamplingParams(num_draft_tokens, 150, 0.9, 0.9, 0.7, 0.8, STOP_IDS)
+    engine = RolloutEngine(*(probed_lm(model, "model") for model in models))
+    got = engine.interleave(
+        Prompts(
+            tuple(map(torch.tensor, prompts)),
+            row_streams(3, 1, torch.arange(3) + 100),
+            torch.full((3,), 16),
+        ),
+        params,
+    )
+    verdicts = []
+    for i, prompt in enumerate(prompts):
+        expected = oracle.interleave(
+            *map(oracle.uncached, models),
+            prompt,
+            oracle.Key(key.seed, key.epoch, key.sample_id + i),
+            16,
+            oracle.Sampler(0.9, 0.9),
+            oracle.Sampler(0.7, 0.8),
+            top_k=150,
+            stop_ids=STOP_IDS,
+        )
+        length = len(expected.completion)
+        assert got.unpadded()[i].tolist() == expected.completion
+        assert got.accepted_mask[i, :length].tolist() == expected.accepted
+        verdicts += expected.accepted
+        whole = torch.tensor([prompt + expected.completion])
+        logits = models[1](input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        assert torch.allclose(got.teacher_hidden[i, :length], logits, rtol=0, atol=2e-4)
+    assert 0.1 < sum(verdicts) / len(verdicts) < 0.9
+
+
+@torch.no_grad()
+def test_the_usual_view_would_roll_out_something_else() -> None:
+    """Else the oracle above would prove nothing about full logits."""
+    prompts = Prompts(
+        (torch.tensor([5, 9]),), row_streams(3, 1, torch.arange(1)), torch.tensor([16])
+    )
+    params = SamplingParams(2, 150, 0.9, 0.9, 0.7, 0.8, ())
+    model = strange_model(Biased, seed=1)
+    views = CausalLM(model), FullLogitsLM(model)
+    ids = [RolloutEngine(view).sample_student(prompts, params).completion_ids for view in views]
+    assert not torch.equal(*ids)
 
 
 # --- cached forward ---------------------------------------------------------------------------
