@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).parents[2]
 
@@ -208,6 +209,11 @@ class Benchmark:
         partial.write_text(json.dumps(content, indent=1) + "\n")
         partial.replace(self.path)
 
+    @property
+    def wall_seconds(self) -> float:
+        """Of all timed runs, those of an earlier start included."""
+        return sum(sum(record["wall_seconds"]) for record in self._records.values())
+
     def header(self) -> str:
         """What was measured where, as a Markdown list."""
         lines = [f"- {key}: {value}" for key, value in {**self.settings, **self.machine}.items()]
@@ -319,7 +325,7 @@ def require_equal(measured: Mapping[str, Measurement], fact: str) -> None:
         AssertionError: two of them differ.
     """
     values = {name: m.facts[fact] for name, m in measured.items()}
-    first = next(iter(values))
+    first = next(iter(values), None)
     for name, value in values.items():
         if value != values[first]:
             raise AssertionError(
@@ -331,7 +337,7 @@ def require_equal(measured: Mapping[str, Measurement], fact: str) -> None:
 def require_close(measured: Mapping[str, Measurement], fact: str, tolerance: float) -> None:
     """Like `require_equal`, for numbers equal up to a relative tolerance."""
     values = {name: m.facts[fact] for name, m in measured.items()}
-    first = next(iter(values))
+    first = next(iter(values), None)
     for name, value in values.items():
         if not abs(value - values[first]) <= tolerance * max(abs(values[first]), 1e-6):
             raise AssertionError(
@@ -384,4 +390,5 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 def start(args: argparse.Namespace) -> torch.device:
     """Apply the common arguments; a GPU is used where there is one."""
     torch.set_num_threads(args.threads)
+    disable_progress_bar()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

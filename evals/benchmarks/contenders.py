@@ -1,0 +1,189 @@
+"""The contenders of a rollout, each as a cell: what it runs and what it says of itself.
+
+Every contender delivers completions *and* the teacher's hidden states at their positions, which is what
+a distillation loss needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from algorithm1 import cached_rows, recompute_teacher, uncached
+from floor import replay_rounds
+from harness import Cell, Facts, digest
+from models import Pair
+from on_policy import generate, teacher_states
+from simulated import acceptance, new_engine, simulating
+
+from axolotl_skd.rollout.types import Prompts, SamplingParams
+
+PUBLISHED_DRAFT = 5  # of the paper, and of the contenders that do not choose theirs
+SAMPLING = dict(
+    student_temperature=0.5,
+    student_top_p=0.5,
+    teacher_temperature=0.2,
+    teacher_top_p=1.0,
+)
+
+Draft = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a group of contenders has to do.
+
+    Attributes:
+        name: of the group, part of every cell's name.
+        pair: the models.
+        prompts: the rows.
+        stop_ids: that end a row.
+        top_k: K of the acceptance test.
+    """
+
+    name: str
+    pair: Pair
+    prompts: Prompts
+    stop_ids: tuple[int, ...] = ()
+    top_k: int = 25
+
+    def params(self, draft: Draft) -> SamplingParams:
+        return SamplingParams(
+            num_draft_tokens=draft,
+            teacher_top_k=self.top_k,
+            stop_token_ids=self.stop_ids,
+            **SAMPLING,
+        )
+
+    def cell(
+        self,
+        contender: str,
+        run: Callable[[], Facts],
+        rate: float | None = None,
+        repeats: int | None = None,
+        **settings: Any,
+    ) -> Cell:
+        """A contender at an acceptance rate (None: real acceptance, or none at all)."""
+        at = "" if rate is None else f", a = {rate}"
+        settings |= {"contender": contender, "group": self.name, "acceptance": rate}
+        return Cell(f"{contender}{at}, {self.name}", run, settings, repeats=repeats)
+
+
+# Contenders
+
+
+def naive(work: Work, rate: float | None) -> Cell:
+    params = work.params(PUBLISHED_DRAFT)
+
+    def run() -> Facts:
+        rows = uncached(work.pair, work.prompts, params, PUBLISHED_DRAFT, acceptance(rate))
+        recompute_teacher(work.pair, work.prompts, rows)
+        return _facts(rows)
+
+    return work.cell("naive", run, rate)
+
+
+def batch1(work: Work, rate: float | None, repeats: int | None = None) -> Cell:
+    params = work.params(PUBLISHED_DRAFT)
+
+    def run() -> Facts:
+        rows = cached_rows(work.pair, work.prompts, params, PUBLISHED_DRAFT, acceptance(rate))
+        recompute_teacher(work.pair, work.prompts, rows)
+        return _facts(rows)
+
+    return work.cell("batch 1 + teacher", run, rate, repeats)
+
+
+def on_policy(work: Work, batch_size: int | None = None, repeats: int | None = None) -> Cell:
+    params = work.params(1)
+
+    def run() -> Facts:
+        rows: list[list[int]] = []
+        for part in _batches(work.prompts, batch_size):
+            ids, mask, completions = generate(work.pair, part, params)
+            teacher_states(work.pair, ids, mask)
+            rows += completions
+        return _facts(rows)
+
+    return work.cell("generate + teacher", run, repeats=repeats)
+
+
+def gkd(work: Work, stack: ExitStack, force_cache: bool, repeats: int | None = None) -> Cell:
+    # Imported where it is used: TRL takes seconds to import.
+    from gkd import gkd_generate, gkd_trainer
+
+    size, tokens = len(work.prompts.ids), int(work.prompts.max_new_tokens.max())
+    made = []
+
+    def prepare() -> None:
+        if not made:
+            made.append(
+                stack.enter_context(gkd_trainer(work.pair, tokens, size, force_cache=force_cache))
+            )
+        work.pair.student.eval()
+
+    def run() -> Facts:
+        ids, mask = gkd_generate(made[0], work.prompts)
+        teacher_states(work.pair, ids, mask)
+        return _facts(ids[:, -tokens:].tolist())
+
+    cell = work.cell("GKD, cache forced" if force_cache else "GKD as shipped", run, repeats=repeats)
+    return replace(cell, prepare=prepare)
+
+
+def ours(
+    work: Work,
+    rate: float | None,
+    draft: Draft,
+    *,
+    batch_size: int | None = None,
+    refill: bool = False,
+    repeats: int | None = None,
+) -> Cell:
+    """The engine: on all rows at once, or on `batch_size` in flight (`refill`) or in turn."""
+    params = work.params(draft)
+    engine = new_engine(work.pair, acceptance(rate), batch_size if refill else None)
+
+    @torch.no_grad()
+    def run() -> Facts:
+        rows: list[list[int]] = []
+        marks: list[list[bool]] = []
+        proposed = 0
+        with simulating(acceptance(rate), params):
+            for part in _batches(work.prompts, None if refill else batch_size):
+                rollout = engine.interleave(part, params)
+                completions = rollout.unpadded()
+                rows += [row.tolist() for row in completions]
+                for row, accepted in zip(completions, rollout.accepted_mask, strict=True):
+                    marks.append(accepted[: len(row)].tolist())
+                proposed += int(rollout.num_proposed.sum())
+        facts = _facts(rows) | {
+            "proposed": proposed,
+            "accepted": sum(map(sum, marks)) / sum(map(len, rows)),
+        }
+        if isinstance(draft, int) and batch_size is None:
+            limits = work.prompts.max_new_tokens.tolist()
+            facts["rounds"] = [
+                [*kind, count] for kind, count in replay_rounds(marks, limits, draft).items()
+            ]
+        return facts
+
+    how = (
+        "" if batch_size is None else f", {batch_size} rows, " + ("refill" if refill else "in turn")
+    )
+    return work.cell(f"ours G = {draft}{how}", run, rate, repeats, draft=draft)
+
+
+def _batches(prompts: Prompts, size: int | None) -> Iterator[Prompts]:
+    """The rows in batches of `size`, or all at once."""
+    size = size or len(prompts.ids)
+    for i in range(0, len(prompts.ids), size):
+        rows = slice(i, i + size)
+        yield Prompts(prompts.ids[rows], prompts.streams[rows], prompts.max_new_tokens[rows])
+
+
+def _facts(rows: Sequence[Sequence[int]]) -> Facts:
+    return {"tokens": sum(map(len, rows)), "digest": digest([list(row) for row in rows])}
