@@ -50,6 +50,7 @@ def gkd_trainer(
             processing_class=tiny_tokenizer(),  # it only lends a pad token,
             train_dataset=Dataset.from_dict({"messages": [[]]}),
         )
+        trainer.current_gradient_accumulation_steps = 1  # as its training loop would set it
         if force_cache:
             trainer.generation_config.use_cache = True
         yield trainer

@@ -20,8 +20,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -237,38 +236,6 @@ def timed(run: Callable[[], Facts], device: torch.device) -> tuple[float, float,
     wall, cpu = time.perf_counter(), time.process_time()
     facts = run()
     return time.process_time() - cpu, time.perf_counter() - wall, facts
-
-
-class PhaseClock:
-    """Seconds by phase of one step; a phase inside another is taken out of the outer one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._open: list[str] = []
-        self._since = 0.0
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._book()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._book()
-            self._open.pop()
-
-    def _book(self) -> None:
-        """Give the time since the last change to the innermost open phase."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            now = time.perf_counter()
-        else:
-            now = time.process_time()
-        if self._open:
-            name = self._open[-1]
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
-        self._since = now
 
 
 # Identity of a measurement
