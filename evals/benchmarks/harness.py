@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-ROOT = Path(__file__).parents[2]
+import axolotl_skd
 
 Facts = dict[str, Any]
 """What a run says about itself beside its time, as JSON values: tokens, rounds, loss, digests."""
@@ -249,7 +249,8 @@ def digest(value: Any) -> str:
 
 def code_digest() -> str:
     """Short hash of the code that is measured and that measures."""
-    files = sorted([*(ROOT / "axolotl_skd").rglob("*.py"), *Path(__file__).parent.glob("*.py")])
+    package, own = Path(axolotl_skd.__file__).parent, Path(__file__).parent
+    files = sorted({*package.rglob("*.py"), *own.glob("*.py")})
     return digest([(path.name, path.read_text()) for path in files])
 
 
