@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from axolotl_skd.rollout.acceptance import AcceptanceRule
 from models import Pair
-from simulated import Accept, accept_uniforms
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -27,7 +27,7 @@ NextLogits = Callable[[list[int], int], Tensor]
 
 @torch.no_grad()
 def uncached(
-    pair: Pair, prompts: Prompts, params: SamplingParams, num_draft: int, accept: Accept
+    pair: Pair, prompts: Prompts, params: SamplingParams, num_draft: int, accept: AcceptanceRule
 ) -> list[list[int]]:
     """The completions, no cache anywhere."""
 
@@ -49,7 +49,7 @@ def uncached(
 
 @torch.no_grad()
 def cached_rows(
-    pair: Pair, prompts: Prompts, params: SamplingParams, num_draft: int, accept: Accept
+    pair: Pair, prompts: Prompts, params: SamplingParams, num_draft: int, accept: AcceptanceRule
 ) -> list[list[int]]:
     """The completions, row by row with a cache for each model."""
     return _rows(
@@ -104,7 +104,7 @@ def _rows(
     prompts: Prompts,
     params: SamplingParams,
     num_draft: int,
-    accept: Accept,
+    accept: AcceptanceRule,
     new_models: Callable[[], tuple[NextLogits, NextLogits]],
 ) -> list[list[int]]:
     completions = []
@@ -125,7 +125,7 @@ def _row(
     limit: int,
     params: SamplingParams,
     num_draft: int,
-    accept: Accept,
+    accept: AcceptanceRule,
 ) -> list[int]:
     ids = list(prompt)
     while len(ids) < len(prompt) + limit:
@@ -149,7 +149,7 @@ def _row(
         accepted = accept(
             logits[None],
             torch.tensor([draft], device=logits.device),
-            accept_uniforms(stream, positions)[None],
+            keyed_uniform(stream, positions, Role.ACCEPT)[None].to(logits.device),
             params,
         )[0].tolist()
         kept = accepted.index(False) if False in accepted else size

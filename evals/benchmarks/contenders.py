@@ -6,19 +6,22 @@ a distillation loss needs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from algorithm1 import cached_rows, recompute_teacher, uncached
-from floor import replay_rounds
+from engines import acceptance, counted, new_engine
+from floor import Round
 from harness import Cell, Facts, digest
 from models import Pair
 from on_policy import generate, teacher_states
-from simulated import acceptance, new_engine, simulating
 
+from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.types import Prompts, SamplingParams
 
 PUBLISHED_DRAFT = 5  # of the paper, and of the contenders that do not choose theirs
@@ -112,13 +115,12 @@ def on_policy(work: Work, batch_size: int | None = None, repeats: int | None = N
 
 
 def gkd(work: Work, stack: ExitStack, force_cache: bool, repeats: int | None = None) -> Cell:
-    # Imported where it is used: TRL takes seconds to import.
-    from gkd import gkd_generate, gkd_trainer
-
     size, tokens = len(work.prompts.ids), int(work.prompts.max_new_tokens.max())
     made = []
 
     def prepare() -> None:
+        from gkd import gkd_trainer  # TRL takes seconds to import
+
         if not made:
             made.append(
                 stack.enter_context(gkd_trainer(work.pair, tokens, size, force_cache=force_cache))
@@ -126,6 +128,8 @@ def gkd(work: Work, stack: ExitStack, force_cache: bool, repeats: int | None = N
         work.pair.student.eval()
 
     def run() -> Facts:
+        from gkd import gkd_generate
+
         ids, mask = gkd_generate(made[0], work.prompts)
         teacher_states(work.pair, ids, mask)
         return _facts(ids[:, -tokens:].tolist())
@@ -145,31 +149,29 @@ def ours(
 ) -> Cell:
     """The engine: on all rows at once, or on `batch_size` in flight (`refill`) or in turn."""
     params = work.params(draft)
-    engine = new_engine(work.pair, acceptance(rate), batch_size if refill else None)
+    rounds: Counter[Round] = Counter()
+
+    @cache
+    def engine() -> RolloutEngine:
+        accept = counted(acceptance(rate), rounds)
+        return new_engine(work.pair, accept, batch_size if refill else None)
 
     @torch.no_grad()
     def run() -> Facts:
+        rounds.clear()
         rows: list[list[int]] = []
-        marks: list[list[bool]] = []
-        proposed = 0
-        with simulating(acceptance(rate), params):
-            for part in _batches(work.prompts, None if refill else batch_size):
-                rollout = engine.interleave(part, params)
-                completions = rollout.unpadded()
-                rows += [row.tolist() for row in completions]
-                for row, accepted in zip(completions, rollout.accepted_mask, strict=True):
-                    marks.append(accepted[: len(row)].tolist())
-                proposed += int(rollout.num_proposed.sum())
-        facts = _facts(rows) | {
-            "proposed": proposed,
-            "accepted": sum(map(sum, marks)) / sum(map(len, rows)),
+        accepted = proposed = 0
+        for part in _batches(work.prompts, None if refill else batch_size):
+            rollout = engine().interleave(part, params)
+            rows += [row.tolist() for row in rollout.unpadded()]
+            accepted += int(rollout.accepted_mask.sum())
+            proposed += int(rollout.num_proposed.sum())
+        facts = _facts(rows)
+        return facts | {
+            "own share": accepted / facts["tokens"],
+            "draft efficiency": facts["tokens"] / proposed,
+            "rounds": [[*kind, count] for kind, count in sorted(rounds.items())],
         }
-        if isinstance(draft, int) and batch_size is None:
-            limits = work.prompts.max_new_tokens.tolist()
-            facts["rounds"] = [
-                [*kind, count] for kind, count in replay_rounds(marks, limits, draft).items()
-            ]
-        return facts
 
     how = (
         "" if batch_size is None else f", {batch_size} rows, " + ("refill" if refill else "in turn")

@@ -1,14 +1,13 @@
-"""The least a rollout can cost: its forwards, run back to back by stock transformers, and nothing else.
+"""The least a rollout can cost: its forwards, run back to back by stock transformers, nothing else.
 
-floor = prefill + sum over rounds of (G c_s(R) + c_t(R, G)), R the rows live in that round, G its draft
-length, c_s and c_t one forward with logits on a stock cache of the rollout's middle context. What a
-rollout takes above it is sampling, verification, masks, caches and bookkeeping.
+floor = prefill + sum over rounds of (G c_s(R) + c_t(R, G)), R the rows in flight, G the draft length
+of that round, c_s and c_t one forward with logits on a stock cache of the rollout's middle context.
+What a rollout takes above it is sampling, verification, masks, caches and bookkeeping.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from harness import Cell, Facts, Measurement
@@ -17,26 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 FORWARDS = 3  # per timed run
 Round = tuple[int, int]
-"""(live rows, draft length)"""
-
-
-def replay_rounds(
-    accepted: Sequence[Sequence[bool]], limits: Sequence[int], num_draft: int
-) -> Counter[Round]:
-    """How often each kind of round occurred, from the accept marks of finished rows.
-
-    A round proposes `num_draft` tokens to every live row, fewer where no row has as many to go; a row
-    moves past its first rejection or by all of them.
-    """
-    done = [0] * len(accepted)
-    rounds: Counter[Round] = Counter()
-    while live := [i for i, marks in enumerate(accepted) if done[i] < len(marks)]:
-        size = min(num_draft, max(limits[i] - done[i] for i in live))
-        for i in live:
-            verdicts = accepted[i][done[i] : done[i] + size]
-            done[i] += verdicts.index(False) + 1 if False in verdicts else len(verdicts)
-        rounds[len(live), size] += 1
-    return rounds
+"""(rows in flight, draft length)"""
 
 
 def cost_cells(

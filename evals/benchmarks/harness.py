@@ -77,6 +77,7 @@ class Measurement:
                 "median": self.median,
                 "min": min(self.seconds),
                 "max": max(self.seconds),
+                "spread": self.spread,
                 "runs": list(self.seconds),
             },
             "wall_seconds": list(self.wall),
@@ -208,10 +209,12 @@ class Benchmark:
         partial.write_text(json.dumps(content, indent=1) + "\n")
         partial.replace(self.path)
 
-    @property
-    def wall_seconds(self) -> float:
-        """Of all timed runs, those of an earlier start included."""
-        return sum(sum(record["wall_seconds"]) for record in self._records.values())
+    def duration(self) -> str:
+        """How long all timed runs took, those of an earlier start included."""
+        records = self._records.values()
+        clock = sum(sum(record["seconds"]["runs"]) for record in records)
+        wall = sum(sum(record["wall_seconds"]) for record in records)
+        return f"measured in {clock / 60:.1f} minutes of this clock, {wall / 60:.1f} of wall-clock time"
 
     def header(self) -> str:
         """What was measured where, as a Markdown list."""

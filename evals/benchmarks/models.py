@@ -142,6 +142,11 @@ PAIRS = {
 }
 
 
+def default_models(device: torch.device) -> str:
+    """A pair whose full size suits the device."""
+    return "gemma" if device.type == "cuda" else "cpu"
+
+
 def make_pair(name: str, device: torch.device, quick: bool = False) -> Pair:
     """A pair of random weights.
 

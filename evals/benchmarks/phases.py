@@ -10,13 +10,12 @@ from unittest.mock import patch
 
 import torch
 from steps import OurStep
-from torch import Tensor
 
 from axolotl_skd import trainer as trainer_module
 from axolotl_skd.rollout import engine as engine_module
+from axolotl_skd.rollout import flight as flight_module
 
-# A forward of more tokens than this is a prompt's, not a draft's.
-WIDEST_DRAFT = 32
+LOSS = "loss through the heads"
 
 
 class PhaseClock:
@@ -69,31 +68,25 @@ def profile_step(step: OurStep, device: torch.device) -> dict[str, float]:
     clock = PhaseClock(device)
     trainer, distiller = step.trainer, step.trainer.distiller
 
-    def forward_of(role: str, small: str) -> Callable[..., str]:
-        def name(ids: Tensor, *_: Any) -> str:
-            return f"rollout: {role} {'prefill' if ids.shape[1] > WIDEST_DRAFT else small}"
-
-        return name
-
     def head_of(role: str) -> Callable[..., str]:
         # Inside the loss the heads are part of the loss.
-        return lambda _hidden: (
-            "loss through the heads"
-            if clock.current == "loss through the heads"
-            else f"rollout: {role} head"
-        )
+        return lambda _hidden: clock.current if clock.current == LOSS else f"rollout: {role} head"
 
+    student, teacher = distiller.student, distiller.teacher
     timed = [
         (distiller.source, "complete", "rollout: bookkeeping"),
-        (distiller.student, "forward", forward_of("student", "decoding")),
-        (distiller.teacher, "forward", forward_of("teacher", "verification")),
-        (distiller.student, "logits", head_of("student")),
-        (distiller.teacher, "logits", head_of("teacher")),
+        (student, "prefill", "rollout: student prefill"),
+        (teacher, "prefill", "rollout: teacher prefill"),
+        (student, "forward", "rollout: student decoding"),
+        (teacher, "forward", "rollout: teacher verification"),
+        (student, "logits", head_of("student")),
+        (teacher, "logits", head_of("teacher")),
+        (step.engine, "_accept", "rollout: acceptance test"),
         (engine_module, "sample_top_p", "rollout: sampling"),
-        (engine_module, "top_k_accept_mask", "rollout: acceptance test"),
-        (engine_module, "keyed_uniform", "rollout: random numbers"),
-        (trainer, "_student_hidden", "student forward"),
-        (trainer_module, "fused_token_loss", "loss through the heads"),
+        (engine_module, "sample_from_shortlist", "rollout: sampling"),
+        (flight_module, "keyed_uniform", "rollout: random numbers"),
+        (student, "wrapped_states", "student forward"),
+        (trainer_module, "fused_token_loss", LOSS),
         (trainer.accelerator, "backward", "student backward"),
         (step.optimizer, "step", "optimizer"),
     ]

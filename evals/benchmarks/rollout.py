@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -43,17 +42,17 @@ from harness import (
 from models import (
     PAIRS,
     Pair,
+    default_models,
     load_tiny_pair,
     make_pair,
     random_prompts,
     skewed_lengths,
     tiny_tokenizer,
 )
-from simulated import HAS_AUTO, HAS_REFILL
 
 from axolotl_skd.resources import resource_path
 from axolotl_skd.rollout.sampling import row_streams
-from axolotl_skd.rollout.types import Prompts
+from axolotl_skd.rollout.types import AUTO, Prompts
 
 PROMPT_TOKENS = (40, 64)
 SEED = 7
@@ -88,7 +87,7 @@ class Plan:
         return self.rates[len(self.rates) // 2]
 
     def ours(self) -> list[Draft]:
-        return [*self.drafts, *(["auto"] if HAS_AUTO else [])]
+        return [*self.drafts, AUTO]
 
 
 QUICK = Plan(
@@ -227,7 +226,7 @@ def skewed_group(
         on_policy(work, in_flight, repeats),
         *(
             ours(work, rate, draft, batch_size=in_flight, refill=refill, repeats=repeats)
-            for refill in ([False, True] if HAS_REFILL else [False])
+            for refill in (False, True)
         ),
     ]
     return measure(bench, work, cells)
@@ -237,34 +236,37 @@ def tiny_group(bench: Benchmark, work: Work, plan: Plan) -> Times:
     """Real acceptance."""
     cells = [on_policy(work), batch1(work, None), *(ours(work, None, d) for d in plan.ours())]
     measured = measure(bench, work, cells)
-    rate = measured[cells[-1].name].facts["accepted"]
+    rate = measured[cells[-1].name].facts["own share"]
     print(f"\nshare of tokens that are the student's own: {rate:.2f}")
     return measured
 
 
 def floor_group(bench: Benchmark, work: Work, plan: Plan, times: Times) -> list[Goal]:
-    """Fixed-length rollouts against the forwards that they consist of."""
+    """Rollouts against the forwards that they consist of."""
     num_rows = len(work.prompts.ids)
-    rollouts = {rate: times[ours(work, rate, PUBLISHED_DRAFT).name] for rate in plan.rates}
-    rounds = {
-        rate: Counter[Round]({(rows, size): n for rows, size, n in m.facts["rounds"]})
-        for rate, m in rollouts.items()
+    rollouts = {
+        (rate, draft): times[ours(work, rate, draft).name]
+        for rate in plan.rates
+        for draft in (PUBLISHED_DRAFT, AUTO)
+    }
+    rounds: dict[tuple[float, Draft], dict[Round, int]] = {
+        key: {(rows, size): count for rows, size, count in m.facts["rounds"]}
+        for key, m in rollouts.items()
     }
     prompt = sum(map(len, work.prompts.ids)) // num_rows
-    context = prompt + plan.short // 2
-    print(f"\n## floor of {work.name}, G = {PUBLISHED_DRAFT}\n", flush=True)
+    kinds = [kind for counts in rounds.values() for kind in counts]
+    print(f"\n## Floor of {work.name}\n", flush=True)
     costs = bench.measure(
-        cost_cells(
-            work.pair, [kind for r in rounds.values() for kind in r], num_rows, prompt, context
-        )
+        cost_cells(work.pair, kinds, num_rows, prompt, context=prompt + plan.short // 2)
     )
     rows, goals = [], []
-    for rate, rollout in rollouts.items():
-        floor = floor_seconds(costs, rounds[rate], num_rows)
+    for (rate, draft), rollout in rollouts.items():
+        floor = floor_seconds(costs, rounds[rate, draft], num_rows)
         ratio = rollout.median / floor
-        rows.append([rate, rounds[rate].total(), rollout.median, floor, ratio])
-        goals.append(Goal(f"rollout over its floor, a = {rate}", ratio, 1.10))
-    print(markdown_table(["a", "rounds", "rollout s", "floor s", "rollout / floor"], rows))
+        count = sum(rounds[rate, draft].values())
+        rows.append([rate, draft, count, rollout.median, floor, ratio])
+        goals.append(Goal(f"rollout over its floor, a = {rate}, G = {draft}", ratio, 1.10))
+    print(markdown_table(["a", "G", "rounds", "rollout s", "floor s", "rollout / floor"], rows))
     return goals
 
 
@@ -277,11 +279,9 @@ def batch1_goals(work: Work, plan: Plan, times: Times, on_gpu: bool) -> list[Goa
     for rate in plan.rates:
         fixed = {d: throughput(times[ours(work, rate, d).name]) for d in plan.drafts}
         best = max(fixed, key=fixed.__getitem__)
-        chosen = fixed[best]
-        if HAS_AUTO:
-            chosen = throughput(times[ours(work, rate, "auto").name])
-            text = f"auto G over the best fixed (G = {best}), a = {rate}"
-            goals.append(Goal(text, chosen / fixed[best], 0.97, at_most=False))
+        chosen = throughput(times[ours(work, rate, AUTO).name])
+        text = f"speed of auto G over the best fixed (G = {best}), a = {rate}"
+        goals.append(Goal(text, chosen / fixed[best], 0.97, at_most=False))
         ratio = chosen / throughput(times[batch1(work, rate).name])
         bound = 6.0 if on_gpu else 3.0 if rate <= 0.6 else 2.5
         text = f"speed over batch 1 + teacher, {work.name}, a = {rate}"
@@ -300,7 +300,7 @@ def best_fixed(work: Work, plan: Plan, times: Times) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--models", choices=sorted(PAIRS), default="cpu")
+    parser.add_argument("--models", choices=sorted(PAIRS), help="default: cpu; on a GPU gemma")
     return parser.parse_args(arguments)
 
 
@@ -309,7 +309,7 @@ def main() -> None:
     device = start(args)
     on_gpu = device.type == "cuda"
     plan = QUICK if args.quick else Plan()
-    pair = make_pair(args.models, device, args.quick)
+    pair = make_pair(args.models or default_models(device), device, args.quick)
     settings = {
         "models": pair.description,
         "prompt tokens": "{} to {}".format(*PROMPT_TOKENS),
@@ -329,7 +329,7 @@ def main() -> None:
     bench.goals += batch1_goals(work, plan, times, on_gpu)
 
     rate, best = plan.middle_rate, best_fixed(work, plan, times)
-    drafts: list[Draft] = [best, *(["auto"] if HAS_AUTO else [])]
+    drafts: list[Draft] = [best, AUTO]
     large_group(bench, make_work(pair, plan.large_batch, plan.short), rate, drafts, None)
     large_group(bench, make_work(pair, plan.batch, plan.long), rate, drafts, slow)
     if on_gpu:
@@ -345,7 +345,7 @@ def main() -> None:
     bench.write()
     if not args.quick:
         print(f"\n## Goals\n\n{goal_table(bench.goals)}")
-    print(f"\nmeasured in {bench.wall_seconds / 60:.1f} minutes of wall-clock time")
+    print(f"\n{bench.duration()}")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from algorithm1 import cached_rows
 from contenders import PUBLISHED_DRAFT, Draft, Work
+from engines import acceptance, new_engine
 from harness import Facts
 from models import Pair, left_padded
 from on_policy import generate, positions_of
-from simulated import acceptance, new_engine, simulating
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -93,8 +93,7 @@ class OurStep:
         self._step = step
         self.optimizer = step.optimizer
         pair, params = step.pair, step.work.params(draft)
-        self._simulating = lambda: simulating(acceptance(rate), params)
-        engine = new_engine(pair, acceptance(rate), None)
+        self.engine = engine = new_engine(pair, acceptance(rate))
         source = get_method(method).source
         sample = engine.interleave if source is Source.INTERLEAVED else engine.sample_student
         self.trainer = _core(method)(
@@ -136,8 +135,7 @@ class OurStep:
             "prompt_lengths": torch.tensor(lengths),
             "sample_ids": step.sample_ids,
         }
-        with self._simulating():
-            batches, count = self.trainer.get_batch_samples(iter([batch]), 1, step.pair.device)
+        batches, count = self.trainer.get_batch_samples(iter([batch]), 1, step.pair.device)
         return batches[0], count
 
     def run(self) -> Facts:
