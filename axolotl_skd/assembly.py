@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from axolotl.utils.logging import get_logger
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_skd.config import Distillation, TeacherConfig
+from axolotl_skd.config import Distillation, RolloutConfig, TeacherConfig
 from axolotl_skd.losses.divergences import get_divergence
 from axolotl_skd.methods import LossRecipe, Share
 from axolotl_skd.preflight import (
@@ -24,12 +25,15 @@ from axolotl_skd.preflight import (
     warn_of_unknown_tokens,
 )
 from axolotl_skd.rollout.engine import RolloutEngine
-from axolotl_skd.rollout.lm import CausalLM, probe, rollout_mode
+from axolotl_skd.rollout.graphs import Capture, CudaCapture
+from axolotl_skd.rollout.lm import CausalLM, probed_lm, rollout_mode
 from axolotl_skd.rollout.types import SamplingParams, Source
 from axolotl_skd.sources import CompletionSource, DatasetSource, RolloutSource
 from axolotl_skd.teacher import load_teacher
 from axolotl_skd.trainer import DistillationTrainer, Distiller, base_causal_lm
 from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
+
+LOG = get_logger(__name__)
 
 
 def assemble(
@@ -68,16 +72,25 @@ def assemble(
         check_top_k(distillation, shared)
         warn_of_unknown_tokens(shared)
     vocab_size = None if shared is None else shared.size
-    student = CausalLM(student_model, vocab_size, trainer.accelerator.autocast)
-    teacher = None
-    if teacher_model is not None:
-        # The student's mixed precision is not the teacher's: it computes in its own dtype.
-        own_precision = partial(torch.autocast, teacher_model.device.type, enabled=False)
-        teacher = CausalLM(teacher_model, vocab_size, own_precision)
+    capture = _capture(distillation.rollout, trainer.args.device)
     with rollout_mode(student_model):
-        probe(student, "base_model")
-        if teacher is not None:
-            probe(teacher, "distillation.teacher.base_model")
+        student = probed_lm(
+            student_model,
+            "base_model",
+            vocab_size=vocab_size,
+            precision=trainer.accelerator.autocast,
+            capture=capture,
+        )
+        teacher = None
+        if teacher_model is not None:
+            teacher = probed_lm(
+                teacher_model,
+                "distillation.teacher.base_model",
+                vocab_size=vocab_size,
+                # The student's mixed precision is not the teacher's: it computes in its own dtype.
+                precision=partial(torch.autocast, teacher_model.device.type, enabled=False),
+                capture=capture,
+            )
 
     params = sampling_params(distillation, preflight.stop_token_ids)
     trainer.attach(
@@ -107,7 +120,12 @@ def _source(
     method = distillation.method_row
     if not method.rolls_out:
         return DatasetSource()
-    engine = RolloutEngine(student, teacher)
+    engine = RolloutEngine(
+        student,
+        teacher,
+        rollout_batch_size=distillation.rollout.rollout_batch_size,
+        fixed_shapes=student.capture is not None,
+    )
     samplers = {
         Source.INTERLEAVED: engine.interleave,
         Source.STUDENT: engine.sample_student,
@@ -124,6 +142,19 @@ def _source(
         pad_token_id=collator.pad_token_id,
         pad_to_multiple_of=collator.pad_to_multiple_of,
     )
+
+
+def _capture(rollout: RolloutConfig, device: torch.device) -> Capture | None:
+    """How decoding becomes graphs, None if it was not asked for or there is no such device."""
+    if not rollout.cuda_graphs:
+        return None
+    if device.type != "cuda":
+        LOG.warning(
+            "distillation.rollout.cuda_graphs: true has no effect on a device of type %s",
+            device.type,
+        )
+        return None
+    return CudaCapture()
 
 
 def _share(distillation: Distillation) -> Callable[[float], float]:

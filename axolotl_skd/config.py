@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -55,8 +55,11 @@ class TeacherConfig(_Block):
     device: str | None = Field(
         None, description="Where the teacher lives, e.g. `cuda:1`; default beside the student."
     )
-    attn_implementation: Literal["sdpa", "eager"] | None = Field(
-        None, description="Attention of the teacher; default what transformers chooses."
+    attn_implementation: (
+        Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
+    ) = Field(
+        None,
+        description="Attention of the teacher outside rollouts; default what transformers chooses.",
     )
     load_in_8bit: bool = Field(False, description="Quantise the teacher to int8 (bitsandbytes).")
     load_in_4bit: bool = Field(False, description="Quantise the teacher to 4 bit (bitsandbytes).")
@@ -82,8 +85,19 @@ class RolloutConfig(_Block):
         256, ge=1, description="Rows whose prompt alone is longer are dropped (and counted)."
     )
     max_new_tokens: int = Field(512, ge=1, description="Longest completion that is rolled out.")
-    num_draft_tokens: int = Field(
-        5, ge=1, description="G, tokens that the student proposes per teacher verification."
+    num_draft_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="G, tokens that the student proposes per teacher verification; `auto` measures "
+        "which is fastest. It never changes a token.",
+    )
+    rollout_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Most rows in flight, which bounds the memory of their KV caches; rows that wait "
+        "take the place of finished ones. Default the whole accumulation window.",
+    )
+    cuda_graphs: bool = Field(
+        False, description="Replay decoding forwards as CUDA graphs (unmeasured; falls back)."
     )
     teacher_top_k: int = Field(
         25, ge=1, description="K: a proposal among the teacher's top K raw logits is accepted."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel
@@ -37,7 +37,11 @@ def _is_block(annotation: Any) -> bool:
 
 
 def _type(field: FieldInfo) -> str:
-    text = _type_name(field.annotation)
+    return _type_name(field.annotation) + _bounds(field)
+
+
+def _bounds(field: FieldInfo) -> str:
+    text = ""
     for bound in field.metadata:
         if isinstance(bound, Ge):
             text += f" >= {bound.ge}"
@@ -50,6 +54,8 @@ def _type(field: FieldInfo) -> str:
 
 def _type_name(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:  # a bounded member of a union
+        return _type_name(arguments[0]) + "".join(map(_bounds, arguments[1:]))
     if origin is Literal:
         return " / ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):

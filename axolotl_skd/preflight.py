@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from axolotl_skd.config import Distillation
 from axolotl_skd.evaluation.tasks import check_tasks
+from axolotl_skd.rollout.attention import rollout_attention
 from axolotl_skd.rollout.types import SamplingParams, Source
 from axolotl_skd.teacher import read_teacher_config, read_teacher_tokenizer
 from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
@@ -152,10 +153,11 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
 
 def _check_attention(cfg: Mapping[str, Any]) -> None:
     implementation = cfg.get("attn_implementation")
-    if implementation not in (None, "sdpa", "eager"):
+    if implementation is not None and rollout_attention(implementation) is None:
         raise ConfigConflictError(
-            f"attn_implementation: {implementation} takes no 4-D mask, which ragged rollouts need. "
-            "Set attn_implementation: sdpa (or eager)."
+            f"attn_implementation: {implementation} takes no 4-D mask, which ragged rollouts need, "
+            "and none is known that computes the same. Set attn_implementation: sdpa, eager, "
+            "flash_attention_2, flash_attention_3 or flex_attention."
         )
 
 

@@ -92,7 +92,8 @@ class DistillationCore(Trainer):
         progress = self.state.global_step / self.state.max_steps
         if not self.method.rolls_out:
             return distiller.source.complete(batches, epoch, progress)
-        with rollout_mode(distiller.student.model):
+        # One autocast context around all of it, so that weights are cast once a rollout.
+        with rollout_mode(distiller.student.model), distiller.student.precision():
             return distiller.source.complete(batches, epoch, progress)
 
     # Loss
@@ -125,38 +126,20 @@ class DistillationCore(Trainer):
         distiller = self._attached()
         # The state at position t predicts token t + 1, so the first position is never predicted.
         predicted = inputs["labels"][:, 1:] != IGNORE_INDEX
-        hidden = self._student_hidden(model, inputs)[:, :-1][predicted]
+        states = distiller.student.wrapped_states(
+            model, inputs["input_ids"], inputs["attention_mask"]
+        )
+        hidden = states[:, :-1][predicted]
         total, losses = fused_token_loss(
             hidden,
             distiller.student.logits,
-            distiller.student.head.module,
+            distiller.student.head_module,
             self._recipe(inputs, predicted),
             chunk_size(distiller.student.head.vocab_size),
         )
         rows = predicted.nonzero()[:, 0]
         self._refuse_non_finite(losses, rows, inputs, training=torch.is_grad_enabled())
         return total, losses, rows
-
-    def _student_hidden(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """The student's last hidden states [B, L, H] with gradient, through the wrapped model.
-
-        Only the wrapper's forward runs DDP's and the autocast's hooks, hence no direct call of the
-        decoder; logits are asked for at one position only, the loss applies the head itself.
-        """
-        captured: list[Tensor] = []
-        hook = self._attached().student.decoder.register_forward_hook(
-            lambda _module, _args, output: captured.append(output.last_hidden_state)
-        )
-        try:
-            model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                use_cache=False,
-                logits_to_keep=1,
-            )
-        finally:
-            hook.remove()
-        return captured[0]
 
     def _recipe(self, inputs: Batch, predicted: Tensor) -> TokenLoss:
         """The method's loss of a chunk of this batch's tokens."""

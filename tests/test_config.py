@@ -54,7 +54,9 @@ def test_defaults_are_the_papers() -> None:
     assert block.rollout.model_dump() == {
         "max_prompt_tokens": 256,
         "max_new_tokens": 512,
-        "num_draft_tokens": 5,
+        "num_draft_tokens": "auto",  # which changes no token of the paper's 5
+        "rollout_batch_size": None,
+        "cuda_graphs": False,
         "teacher_top_k": 25,
         "student_temperature": 0.5,
         "student_top_p": 0.5,
@@ -90,9 +92,16 @@ def test_temperatures_are_positive(key: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["teacher_top_k", "num_draft_tokens", "max_prompt_tokens", "max_new_tokens"]
+    "key",
+    [
+        "teacher_top_k",
+        "num_draft_tokens",
+        "rollout_batch_size",
+        "max_prompt_tokens",
+        "max_new_tokens",
+    ],
 )
-@pytest.mark.parametrize("value", [0, -1, 2.5, "auto"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "all"])
 def test_counts_are_whole_and_at_least_1(key: str, value: Any) -> None:
     assert f"rollout.{key}" in refusal(rollout={key: value})
     assert getattr(distillation(rollout={key: 1}).rollout, key) == 1
@@ -104,7 +113,7 @@ def test_counts_are_whole_and_at_least_1(key: str, value: Any) -> None:
         ({"teacher": {"base_model": "t", "dtype": "int8"}}, "teacher.dtype"),
         ({"teacher": {"base_model": "t", "bnb_4bit_quant_type": "nf8"}}, "bnb_4bit_quant_type"),
         (
-            {"teacher": {"base_model": "t", "attn_implementation": "flash_attention_2"}},
+            {"teacher": {"base_model": "t", "attn_implementation": "xformers"}},
             "teacher.attn_implementation",
         ),
         ({"rollout": {"stop_token_ids": ["<eos>"]}}, "rollout.stop_token_ids"),

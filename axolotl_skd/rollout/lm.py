@@ -5,6 +5,7 @@ Legend: B rows, Q tokens fed per row, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -13,15 +14,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from axolotl_skd.rollout.attention import additive, visible_slots
-from axolotl_skd.rollout.cache import SlotCache
+from axolotl_skd.rollout.attention import (
+    additive,
+    attention_of,
+    rollout_attention,
+    visible_slots,
+)
+from axolotl_skd.rollout.cache import VIEW_MULTIPLE, SlotCache
+from axolotl_skd.rollout.graphs import Capture, GraphedForwards
 
-# Attention implementations that take a 4-D mask, and whether the mask is boolean.
-_MASKED_ATTENTION = {"sdpa": True, "eager": False}
+LOG = logging.getLogger(__name__)
+
+# With graphs, fewer and larger views: each is a shape of its own.
+_GRAPHED_VIEW_MULTIPLE = 256
 
 
 class UnsupportedModelError(ValueError):
     """A model whose forward this package cannot reproduce exactly."""
+
+
+class HeadMismatchError(UnsupportedModelError):
+    """The output head does not give the model's own logits."""
 
 
 class LanguageModel(Protocol):
@@ -29,8 +42,11 @@ class LanguageModel(Protocol):
 
     device: torch.device
 
-    def new_cache(self, num_slots: int) -> Any:
-        """An empty cache with `place`-able slots and `keep_rows(index)`."""
+    def new_cache(self, num_rows: int, num_slots: int) -> Any:
+        """An empty cache with `keep_rows(index)`."""
+
+    def prefill(self, ids: Tensor, rows: Tensor, cache: Any) -> None:
+        """Put tokens int64 [r, W] at positions 0 .. W - 1 of the cache's rows int64 [r]."""
 
     def forward(self, ids: Tensor, positions: Tensor, cache: Any, longest: int) -> Tensor:
         """ids, positions int64 [B, Q]; `longest` >= positions.max() + 1 -> hidden [B, Q, H]."""
@@ -74,16 +90,6 @@ class Head:
         return logits
 
 
-def _require_masked_attention(config: PreTrainedConfig) -> None:
-    implementation = config._attn_implementation
-    if implementation not in _MASKED_ATTENTION:
-        raise UnsupportedModelError(
-            f"attn_implementation {implementation!r} takes no 4-D mask, which ragged rollouts need. "
-            f"Use one of {sorted(_MASKED_ATTENTION)}: attn_implementation: sdpa for the student, "
-            "distillation.teacher.attn_implementation: sdpa for the teacher."
-        )
-
-
 class CausalLM:
     """A `LanguageModel` on a stock, unpatched Hugging Face causal LM (or a PEFT model's base)."""
 
@@ -92,19 +98,22 @@ class CausalLM:
         model: PreTrainedModel,
         vocab_size: int | None = None,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        capture: Capture | None = None,
     ) -> None:
         """
         Args:
             model: a causal LM with a position-addressed KV cache.
             vocab_size: size of the shared vocabulary, default the model's own.
             precision: the autocast context in which this model computes, whatever is around it.
+            capture: how repeated forwards of a rollout become graphs, None: not at all.
         """
         self.precision = precision
         self.model = model
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
         self.head = Head(model, vocab_size)
-        _require_masked_attention(self.config)
+        self.capture = capture
+        self._attention = _require_rollout_attention(self.config)
         layer_types = getattr(self.config, "layer_types", None)
         self._layer_types: frozenset[str] | None = layer_types and frozenset(layer_types)
         self._window: int | None = getattr(self.config, "sliding_window", None)
@@ -120,42 +129,146 @@ class CausalLM:
     def device(self) -> torch.device:
         return self.head.module.weight.device
 
-    def new_cache(self, num_slots: int) -> SlotCache:
-        return SlotCache(self.config.num_hidden_layers, num_slots)
+    @property
+    def head_module(self) -> nn.Module:
+        """Whose parameters `logits` applies."""
+        return self.head.module
+
+    def new_cache(self, num_rows: int, num_slots: int) -> SlotCache:
+        num_layers = self.config.num_hidden_layers
+        if self.capture is None:
+            return SlotCache(num_layers, num_rows, num_slots, VIEW_MULTIPLE)
+        graphed = GraphedForwards(self.capture)
+        return SlotCache(num_layers, num_rows, num_slots, _GRAPHED_VIEW_MULTIPLE, graphed)
+
+    def prefill(self, ids: Tensor, rows: Tensor, cache: SlotCache) -> None:
+        # Right-padded: pads sit in later slots, invisible until overwritten by the real token. So
+        # the stock causal mask is the right one, with its fast kernels.
+        cache.place_prompts(rows, ids.shape[1])
+        self._decode(ids, cache.placement.slots, cache, None)
 
     def forward(self, ids: Tensor, positions: Tensor, cache: SlotCache, longest: int) -> Tensor:
-        view = cache.place(positions, longest)
-        with self.precision():
-            return self.decoder(
+        view = cache.view(longest)
+
+        def decode(ids: Tensor, positions: Tensor) -> Tensor:
+            cache.place(positions, view)
+            return self._decode(ids, positions, cache, self._attention_mask(positions, view))
+
+        if cache.graphed is None:
+            return decode(ids, positions)
+        return cache.graphed((view, *ids.shape), decode, ids, positions)
+
+    def _decode(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cache: SlotCache,
+        mask: Tensor | dict[str, Tensor] | None,
+    ) -> Tensor:
+        with self.precision(), attention_of(self.config, self._attention):
+            return self._states(
                 input_ids=ids,
-                attention_mask=self._attention_mask(positions, view),
+                attention_mask=mask,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-            ).last_hidden_state
+            )
 
     def hidden_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Last hidden states of whole rows without a cache: int64 [B, L] each -> [B, L, H]."""
         with self.precision():
-            return self.decoder(
-                input_ids=ids, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state
+            return self._states(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+
+    def wrapped_states(self, wrapper: nn.Module, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """`hidden_states` with gradient, through whatever wraps the model in training.
+
+        Only the wrapper's forward runs DDP's and the autocast's hooks, hence no direct call of the
+        decoder; logits are asked for at one position only.
+
+        Args:
+            wrapper: the model as the trainer calls it.
+            ids, attention_mask: int64 [B, L].
+        """
+        captured: list[Tensor] = []
+        hook = self.decoder.register_forward_hook(
+            lambda _module, _args, output: captured.append(output.last_hidden_state)
+        )
+        try:
+            wrapper(input_ids=ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+        finally:
+            hook.remove()
+        return captured[0]
+
+    def _states(self, **inputs: Any) -> Tensor:
+        return self.decoder(**inputs).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         with self.precision():
             return self.head(hidden)
 
     def _attention_mask(self, positions: Tensor, view: int) -> Tensor | dict[str, Tensor]:
-        boolean = _MASKED_ATTENTION[self.config._attn_implementation]
-
         def mask(window: int | None) -> Tensor:
             visible = visible_slots(positions, view, window)
-            return visible if boolean else additive(visible, self.model.dtype)
+            return additive(visible, self.model.dtype) if self._attention == "eager" else visible
 
         if self._layer_types is None:
             return mask(self._window)
         windows = {"full_attention": None, "sliding_attention": self._window}
         return {kind: mask(windows[kind]) for kind in self._layer_types}
+
+
+class FullLogitsLM(CausalLM):
+    """The same for a model whose head cannot be applied apart from it: its "hidden states" are logits.
+
+    As exact, but with V numbers a position where others have H.
+    """
+
+    @property
+    def head_module(self) -> nn.Module:
+        return nn.Identity()
+
+    def wrapped_states(self, wrapper: nn.Module, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return wrapper(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden[..., : self.head.vocab_size]
+
+    def _states(self, **inputs: Any) -> Tensor:
+        return self.model(**inputs).logits
+
+
+def probed_lm(model: PreTrainedModel, name: str, **options: Any) -> CausalLM:
+    """A view of a model that was tried out: through its head, or through its full logits.
+
+    Args:
+        model: in evaluation mode.
+        name: how to call it in messages.
+        options: of `CausalLM`.
+
+    Raises:
+        UnsupportedModelError: neither reproduces the model's own forward.
+    """
+    lm = CausalLM(model, **options)
+    try:
+        probe(lm, name)
+    except HeadMismatchError as error:
+        LOG.warning("%s Falling back to full logits, which need more memory and time.", error)
+        lm = FullLogitsLM(model, **options)
+        probe(lm, name)
+    return lm
+
+
+def _require_rollout_attention(config: PreTrainedConfig) -> str:
+    softcapped = bool(getattr(config, "attn_logit_softcapping", None))
+    implementation = rollout_attention(config._attn_implementation, softcapped)
+    if implementation is None:
+        raise UnsupportedModelError(
+            f"attn_implementation {config._attn_implementation!r} cannot be replaced in rollouts, "
+            "which need a 4-D mask. Use sdpa, eager, flex_attention or a flash_attention: "
+            "attn_implementation: sdpa for the student, distillation.teacher.attn_implementation: "
+            "sdpa for the teacher."
+        )
+    return implementation
 
 
 @contextmanager
@@ -181,7 +294,8 @@ def probe(lm: CausalLM, name: str, num_tokens: int = 12) -> None:
         num_tokens: tokens to try.
 
     Raises:
-        UnsupportedModelError: they differ by more than rounding, or the model cannot be run so.
+        HeadMismatchError: the head alone does not give the model's logits.
+        UnsupportedModelError: the cache changes them, or the model cannot be run so.
     """
     ids = (torch.arange(2 * num_tokens, device=lm.device) % lm.head.vocab_size).view(2, -1)
     with lm.precision():
@@ -199,34 +313,42 @@ def probe(lm: CausalLM, name: str, num_tokens: int = 12) -> None:
         ) from error
     rounding = _rounding(lm, expected)
     # The same operations on the same shapes against other shapes, which may round differently.
-    for what, got, tolerance in (
-        ("output head", plain, 4 * rounding),
-        ("cached forward", cached, (16 if rounding > 1e-4 else 50) * rounding),
-    ):
-        error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
-        if not error <= tolerance:
-            raise UnsupportedModelError(
-                f"{name}: the {what} of {type(lm.model).__name__} does not give the logits of its own "
-                f"forward (relative difference {error:.1e}, allowed {tolerance:.1e}). The "
-                "architecture does something that this package does not know; choose another "
-                "base_model / distillation.teacher.base_model."
-            )
+    error = _relative_error(plain, expected)
+    if not error <= 4 * rounding:
+        raise HeadMismatchError(
+            f"{name}: the output head of {type(lm.model).__name__} does not give the logits of its own "
+            f"forward (relative difference {error:.1e}, allowed {4 * rounding:.1e})."
+        )
+    error, allowed = _relative_error(cached, expected), (16 if rounding > 1e-4 else 50) * rounding
+    if not error <= allowed:
+        raise UnsupportedModelError(
+            f"{name}: {type(lm.model).__name__} with a KV cache does not give the logits of its own "
+            f"forward (relative difference {error:.1e}, allowed {allowed:.1e}). The architecture does "
+            "something that this package does not know; choose another base_model / "
+            "distillation.teacher.base_model."
+        )
+
+
+def _relative_error(logits: Tensor, expected: Tensor) -> float:
+    """Largest difference of logits [B, Q, V] from the last Q expected, over the largest of them."""
+    difference = (logits - expected[:, -logits.shape[1] :]).abs().max()
+    return float(difference / expected.abs().max().clamp(min=1.0))
 
 
 def _cached_hidden(lm: CausalLM, ids: Tensor) -> Tensor:
-    """Hidden states of `ids` [B, Q] fed in three pieces, with a rejected proposal in between."""
+    """Hidden states of `ids` [B, Q] behind a prompt, fed in two pieces after a rejected proposal."""
     num_tokens = ids.shape[1]
     positions = torch.arange(num_tokens, device=ids.device).expand(len(ids), -1)
-    cache = lm.new_cache(num_tokens)
+    cache = lm.new_cache(len(ids), num_tokens)
     cut = num_tokens // 3
 
     def feed(start: int, stop: int, tokens: Tensor = ids) -> Tensor:
         part = slice(start, stop)
         return lm.forward(tokens[:, part], positions[:, part], cache, stop)
 
-    prompt = feed(0, cut)
+    lm.prefill(ids[:, :cut], torch.arange(len(ids), device=ids.device), cache)
     feed(cut, cut + 3, ids.flip(1))  # rejected, overwritten below
-    return torch.cat([prompt, feed(cut, cut + 1), feed(cut + 1, num_tokens)], dim=1)
+    return torch.cat([feed(cut, cut + 1), feed(cut + 1, num_tokens)], dim=1)
 
 
 def _rounding(lm: CausalLM, logits: Tensor) -> float:

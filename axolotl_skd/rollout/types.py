@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from typing import Literal
 
 from torch import Tensor
+
+AUTO = "auto"
+"""The draft length that is fastest at the time."""
 
 
 class Source(str, Enum):
@@ -32,10 +36,10 @@ class SamplingParams:
     """How both models are sampled (SKD paper, Algorithm 1 and appendix C).
 
     Temperatures divide the logits; `*_top_p` keeps the smallest set of tokens of at least that mass;
-    `teacher_top_k` is K of the acceptance test, on raw logits; `num_draft_tokens` is G.
+    `teacher_top_k` is K of the acceptance test, on raw logits; `num_draft_tokens` is G, or `AUTO`.
     """
 
-    num_draft_tokens: int
+    num_draft_tokens: int | Literal["auto"]
     teacher_top_k: int
     student_temperature: float
     student_top_p: float
@@ -45,7 +49,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("num_draft_tokens", "teacher_top_k"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) != AUTO and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("student_temperature", "teacher_temperature"):
             if not getattr(self, name) > 0:

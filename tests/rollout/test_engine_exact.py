@@ -19,12 +19,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import PreTrainedModel
 
+from axolotl_skd.rollout import engine as engine_module
 from axolotl_skd.rollout.engine import RolloutEngine
+from axolotl_skd.rollout.graphs import Forward, Replay
 from axolotl_skd.rollout.lm import CausalLM
-from axolotl_skd.rollout.sampling import row_streams
-from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
+from axolotl_skd.rollout.sampling import row_streams, sample_from_shortlist, sample_top_p
+from axolotl_skd.rollout.types import AUTO, FinishReason, Prompts, Rollout, SamplingParams, Source
 from tests.rollout import oracle
 from tests.rollout.oracle import Key, OracleRow, Sampler
 from tests.rollout.tiny import (
@@ -191,6 +194,98 @@ def test_the_engine_equals_the_oracle(name: str, num_draft_tokens: int, batch_si
         assert got.source is Source.INTERLEAVED
 
 
+class TracedCapture:
+    """What a CUDA graph does, on a CPU: operations recorded once and replayed without any Python.
+
+    The result keeps its place and is overwritten by the next replay.
+    """
+
+    def __init__(self) -> None:
+        self.num_captures = 0
+
+    def __call__(self, forward: Forward, inputs: tuple[Tensor, ...]) -> tuple[Replay, Tensor]:
+        self.num_captures += 1
+        recorded = make_fx(forward)(*inputs)
+        output = recorded(*inputs).clone()
+        return lambda: output.copy_(recorded(*inputs)), output
+
+
+# How an engine may go about it without changing anything: (its options, of both models, G).
+WAYS: dict[str, tuple[dict[str, Any], bool, Any]] = {
+    "one_seat": ({"rollout_batch_size": 1}, False, 5),
+    "refill": ({"rollout_batch_size": 3}, False, 5),
+    "auto": ({}, False, AUTO),
+    "haste": ({"patient": False}, False, 5),
+    "fixed_shapes": ({"fixed_shapes": True}, False, 5),
+    "graphs": ({"fixed_shapes": True}, True, 2),
+    "everything": (
+        {"rollout_batch_size": 3, "patient": False, "fixed_shapes": True},
+        True,
+        AUTO,
+    ),
+}
+
+
+# Recording a forward takes its time: full, sliding and softcapped attention stand for the others.
+RECORDED = ("llama", "qwen2_window", "gemma2")
+CASES_AND_WAYS = [
+    (name, way) for name in CASES for way in WAYS if name in RECORDED or not WAYS[way][1]
+]
+
+
+@pytest.mark.parametrize(("name", "way"), CASES_AND_WAYS)
+def test_no_way_of_going_about_it_changes_a_token(name: str, way: str) -> None:
+    case, expected = case_of(name), expected_rows(name)
+    options, graphs, num_draft_tokens = WAYS[way]
+    capture = TracedCapture() if graphs else None
+    student, teacher = (CausalLM(m, capture=capture) for m in (case.student, case.teacher))
+    engine = RolloutEngine(student, teacher, **options)
+    params = replace(case.params, num_draft_tokens=num_draft_tokens)
+    for _ in range(2):  # the second time with what the adaptive draft length has learned
+        got = engine.interleave(case.batch(), params)
+        assert rows_of(got) == expected
+        assert_nothing_after_the_end(got)
+    hidden, usual = got.teacher_hidden, case.engine.interleave(case.batch(), params).teacher_hidden
+    torch.testing.assert_close(hidden, usual, atol=2e-4, rtol=2e-4)
+    assert capture is None or capture.num_captures > 0
+
+
+def test_plain_sampling_is_refilled_too() -> None:
+    case = case_of("llama")
+    engine = RolloutEngine(CausalLM(case.student), CausalLM(case.teacher), rollout_batch_size=2)
+    for method in ("sample_student", "sample_teacher"):
+        few, all_at_once = (
+            getattr(e, method)(case.batch(), case.params) for e in (engine, case.engine)
+        )
+        assert rows_of(few) == rows_of(all_at_once)
+        assert few.num_rounds > all_at_once.num_rounds
+
+
+def test_a_round_in_haste_is_repeated_where_the_shortlist_was_too_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Flat distributions, of which 128 of 300 tokens hold too little."""
+    models = [CausalLM(tiny_model("llama", seed=seed, sharpness=0.5)) for seed in (1, 2)]
+    params = SamplingParams(3, 250, 1.5, 0.8, 1.5, 1.0, STOP_IDS)
+    calls = {"hasty": 0, "patient": 0}
+
+    def counted(name: str, sample: Any) -> Any:
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            return sample(*args)
+
+        return call
+
+    batch = case_of("llama").batch()
+    expected = rows_of(RolloutEngine(*models).interleave(batch, params))
+    monkeypatch.setattr(engine_module, "sample_top_p", counted("patient", sample_top_p))
+    monkeypatch.setattr(
+        engine_module, "sample_from_shortlist", counted("hasty", sample_from_shortlist)
+    )
+    assert rows_of(RolloutEngine(*models, patient=False).interleave(batch, params)) == expected
+    assert calls["hasty"] > 0 and calls["patient"] > 0
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_plain_sampling_equals_the_oracle(name: str) -> None:
     case = case_of(name)
@@ -350,7 +445,7 @@ class CountingLM:
 
     def __init__(self, lm: CausalLM) -> None:
         self._lm = lm
-        self.num_forwards = 0
+        self.num_forwards = self.num_prefills = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lm, name)
@@ -358,6 +453,10 @@ class CountingLM:
     def forward(self, *args: Any) -> Tensor:
         self.num_forwards += 1
         return self._lm.forward(*args)
+
+    def prefill(self, *args: Any) -> None:
+        self.num_prefills += 1
+        self._lm.prefill(*args)
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 5])
@@ -367,7 +466,8 @@ def test_stored_states_equal_a_fresh_teacher_forward(name: str, num_draft_tokens
     student, teacher = CausalLM(case.student), CountingLM(CausalLM(case.teacher))
     params = replace(case.params, num_draft_tokens=num_draft_tokens)
     rollout = RolloutEngine(student, teacher).interleave(case.batch(), params)
-    assert teacher.num_forwards == 1 + rollout.num_rounds  # no second pass over the rollout
+    # No second pass over the rollout.
+    assert (teacher.num_prefills, teacher.num_forwards) == (1, rollout.num_rounds)
     num_replaced = 0
     for i, prompt in enumerate(case.prompts):
         completion = rollout.unpadded()[i]

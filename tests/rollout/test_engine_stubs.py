@@ -25,23 +25,14 @@ STOP, LENGTH = int(FinishReason.STOP), int(FinishReason.LENGTH)
 
 
 class ScriptedCache:
-    """The tokens that were fed, in their slots, -1 where none was; `rows` of the batch."""
+    """The tokens that were fed, in their slots, -1 where none was."""
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.tokens: Tensor | None = None
-        self.rows: Tensor | None = None
-
-    def write(self, ids: Tensor, positions: Tensor) -> None:
-        if self.tokens is None:
-            self.tokens = torch.full((len(ids), self.num_slots), -1)
-            self.rows = torch.arange(len(ids))
-        assert len(ids) == len(self.rows), "fed other rows than the cache holds"
-        self.tokens.scatter_(1, positions, ids)
+    def __init__(self, num_rows: int, num_slots: int) -> None:
+        self.tokens = torch.full((num_rows, num_slots), -1)
+        self.rows = torch.arange(num_rows)  # which of the first ones are left
 
     def keep_rows(self, index: Tensor) -> None:
-        if self.tokens is not None:
-            self.tokens, self.rows = self.tokens[index], self.rows[index]
+        self.tokens, self.rows = self.tokens[index], self.rows[index]
 
 
 class ScriptedLM:
@@ -50,16 +41,26 @@ class ScriptedLM:
     def __init__(self, script: Script) -> None:
         self.script = script
         self.device = torch.device("cpu")
-        self.fed: list[list[tuple[int, list[int]]]] = []  # per forward: (row, its positions)
+        self.fed: list[list[list[int]]] = []  # per decoding forward and row: its positions
+        self.rows: list[list[int]] = []  # per decoding forward: which rows of the first cache
+        self.prefilled: list[list[int]] = []  # per prompt forward: the rows of the cache
 
-    def new_cache(self, num_slots: int) -> ScriptedCache:
-        return ScriptedCache(num_slots)
+    def new_cache(self, num_rows: int, num_slots: int) -> ScriptedCache:
+        return ScriptedCache(num_rows, num_slots)
+
+    def prefill(self, ids: Tensor, rows: Tensor, cache: ScriptedCache) -> None:
+        # A row that takes a finished one's place finds its slots: they must not matter.
+        cache.tokens[rows, : ids.shape[1]] = ids
+        self.prefilled.append(rows.tolist())
 
     def forward(self, ids: Tensor, positions: Tensor, cache: ScriptedCache, longest: int) -> Tensor:
+        num_slots = cache.tokens.shape[1]
         assert ids.shape == positions.shape
-        assert int(positions.min()) >= 0 and int(positions.max()) < min(longest, cache.num_slots)
-        cache.write(ids, positions)
-        self.fed.append(list(zip(cache.rows.tolist(), positions.tolist(), strict=True)))
+        assert len(ids) == len(cache.tokens), "fed other rows than the cache holds"
+        assert int(positions.min()) >= 0 and int(positions.max()) < min(longest, num_slots)
+        cache.tokens.scatter_(1, positions, ids)
+        self.fed.append(positions.tolist())
+        self.rows.append(cache.rows.tolist())
         return torch.stack(
             [
                 torch.stack([self._logits(cache.tokens[row, : position + 1]) for position in at])
@@ -317,19 +318,21 @@ def test_no_model_is_asked_for_a_position_it_may_not_have(
     rollout(student, teacher, prompts, max_new, num_draft_tokens)
     limits = [len(p) + n - 1 for p, n in zip(prompts, max_new, strict=True)]
     for model in (student, teacher):
-        prefill, *rounds = model.fed
-        assert max(max(at) for _, at in prefill) <= max(len(p) for p in prompts) - 2
-        for row, at in (entry for forward in rounds for entry in forward):
-            assert max(at) <= limits[row]
+        for forward, rows in zip(model.fed, model.rows, strict=True):
+            for row, at in zip(rows, forward, strict=True):
+                assert max(at) <= limits[row]
 
 
 def test_number_of_forwards() -> None:
     """Per round G student forwards of one token and one teacher forward of G; one prefill each."""
     student, teacher = ScriptedLM(count_up), ScriptedLM(skip_before_multiples_of_four)
     result = rollout(student, teacher, [[1], [9, 4, 2]], [9, 4], num_draft_tokens=3)
-    assert len(teacher.fed) == 1 + result.num_rounds
-    assert len(student.fed) == 1 + sum(len(forward[0][1]) for forward in teacher.fed[1:])
-    assert {len(at) for forward in student.fed[1:] for _, at in forward} == {1}
+    assert (
+        teacher.prefilled == student.prefilled == [[1]]
+    )  # row 0 has nothing but its pending token
+    assert len(teacher.fed) == result.num_rounds
+    assert len(student.fed) == sum(len(forward[0]) for forward in teacher.fed)
+    assert {len(at) for forward in student.fed for at in forward} == {1}
 
 
 def test_prompts_of_one_token_need_no_prefill() -> None:
@@ -337,13 +340,13 @@ def test_prompts_of_one_token_need_no_prefill() -> None:
     result = rollout(count_up, teacher, [[1], [2]], [3, 3], num_draft_tokens=2)
     assert completions(result) == [[3, 5, 7], [4, 6, 8]]
     assert len(teacher.fed) == result.num_rounds == 3
+    assert not teacher.prefilled
 
 
 def test_finished_rows_leave_the_batch() -> None:
     teacher = ScriptedLM(skip_one)
     rollout(count_up, teacher, [[1], [2, 2], [3], [4]], [3, 1, 4, 2], num_draft_tokens=2)
-    rows = [[row for row, _ in forward] for forward in teacher.fed]
-    assert rows == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 3], [0, 2], [2]]
+    assert teacher.rows == [[0, 1, 2, 3], [0, 2, 3], [0, 2], [2]]
 
 
 # --- one model alone --------------------------------------------------------------------------

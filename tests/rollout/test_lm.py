@@ -149,10 +149,11 @@ def test_probe_refuses_not_a_number() -> None:
         probe(CausalLM(model), "student")
 
 
-def test_other_attention_is_refused() -> None:
+@pytest.mark.parametrize("own", ["xformers", None])
+def test_attention_that_no_other_equals_is_refused(own: str | None) -> None:
     model = tiny_model("llama", seed=1)
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UnsupportedModelError, match="'flash_attention_2' takes no 4-D mask"):
+    model.config._attn_implementation = own
+    with pytest.raises(UnsupportedModelError, match=f"{own!r} cannot be replaced in rollouts"):
         CausalLM(model)
 
 
@@ -184,7 +185,7 @@ def test_any_cut_of_the_sequence_gives_the_same_logits(family: str) -> None:
     lm, length = CausalLM(model), 48
     ids = torch.tensor(random_prompts(7, [length, length]))
     expected = model(input_ids=ids, use_cache=False).logits
-    cache, offsets = lm.new_cache(length), torch.tensor([[0], [5]])  # row 1 is 5 tokens ahead
+    cache, offsets = lm.new_cache(2, length), torch.tensor([[0], [5]])  # row 1 is 5 tokens ahead
     got = torch.full_like(expected, torch.nan)
 
     def feed(positions: Tensor, wrong: bool = False) -> None:
@@ -268,21 +269,21 @@ def keys_of(values: list[list[float]]) -> Tensor:
 
 
 def test_cache_writes_each_token_into_its_slot() -> None:
-    cache = SlotCache(num_layers=2, num_slots=6)
-    cache.place(torch.tensor([[0, 1, 2], [3, 1, 5]]), longest=6)
+    cache = SlotCache(num_layers=2, num_rows=2, num_slots=6)
+    cache.place(torch.tensor([[0, 1, 2], [3, 1, 5]]), cache.view(6))
     keys, values = cache.update(
         keys_of([[1, 2, 3], [4, 5, 6]]), -keys_of([[1, 2, 3], [4, 5, 6]]), 1
     )
     assert keys.squeeze().tolist() == [[1, 2, 3, 0, 0, 0], [0, 5, 0, 4, 0, 6]]
     assert torch.equal(values, -keys)
-    cache.place(torch.tensor([[1], [3]]), longest=4)
+    cache.place(torch.tensor([[1], [3]]), cache.view(4))
     keys, _ = cache.update(keys_of([[7], [8]]), keys_of([[7], [8]]), 1)
     assert keys.squeeze().tolist() == [[1, 7, 3, 0, 0, 0], [0, 5, 0, 8, 0, 6]]
     assert not cache.layers[0].is_initialized  # layers do not share storage
 
 
 def test_cache_shows_a_rounded_number_of_slots() -> None:
-    cache = SlotCache(num_layers=1, num_slots=3 * VIEW_MULTIPLE - 5)
+    cache = SlotCache(num_layers=1, num_rows=1, num_slots=3 * VIEW_MULTIPLE - 5)
     position = torch.zeros(1, 1, dtype=torch.long)
     for longest, view in [
         (1, VIEW_MULTIPLE),
@@ -290,20 +291,21 @@ def test_cache_shows_a_rounded_number_of_slots() -> None:
         (VIEW_MULTIPLE + 1, 2 * VIEW_MULTIPLE),
         (2 * VIEW_MULTIPLE + 1, 3 * VIEW_MULTIPLE - 5),  # never more than there are
     ]:
-        assert cache.place(position, longest) == view
+        assert cache.view(longest) == view
+        cache.place(position, view)
         keys, values = cache.update(keys_of([[1]]), keys_of([[1]]), 0)
         assert keys.shape[2] == values.shape[2] == view
         assert cache.get_mask_sizes(1, 0) == (view, 0)
 
 
 def test_cache_keeps_the_rows_it_is_told_to() -> None:
-    cache = SlotCache(num_layers=2, num_slots=2)
-    cache.keep_rows(torch.tensor([0]))  # before anything was written: nothing to do
-    cache.place(torch.tensor([[0], [1], [0]]), longest=2)
+    cache = SlotCache(num_layers=2, num_rows=4, num_slots=2)
+    cache.keep_rows(torch.tensor([0, 1, 3]))  # before anything was written: nothing to do but count
+    cache.place(torch.tensor([[0], [1], [0]]), view=2)
     for layer in range(2):
         cache.update(keys_of([[1], [2], [3]]), keys_of([[1], [2], [3]]), layer)
     cache.keep_rows(torch.tensor([1, 2]))
-    cache.place(torch.tensor([[0], [1]]), longest=2)
+    cache.place(torch.tensor([[0], [1]]), view=2)
     for layer in range(2):
         keys, values = cache.update(keys_of([[8], [9]]), keys_of([[8], [9]]), layer)
         assert keys.squeeze().tolist() == values.squeeze().tolist() == [[8, 2], [3, 9]]
