@@ -7,75 +7,21 @@ a distillation loss needs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import torch
 from algorithm1 import cached_rows, recompute_teacher, uncached
 from engines import acceptance, counted, new_engine
 from floor import Round
 from harness import Cell, Facts, digest
-from models import Pair
 from on_policy import generate, teacher_states
+from work import PUBLISHED_DRAFT, Draft, Work
 
 from axolotl_skd.rollout.engine import RolloutEngine
-from axolotl_skd.rollout.types import Prompts, SamplingParams
-
-PUBLISHED_DRAFT = 5  # of the paper, and of the contenders that do not choose theirs
-SAMPLING = dict(
-    student_temperature=0.5,
-    student_top_p=0.5,
-    teacher_temperature=0.2,
-    teacher_top_p=1.0,
-)
-
-Draft = int | str
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a group of contenders has to do.
-
-    Attributes:
-        name: of the group, part of every cell's name.
-        pair: the models.
-        prompts: the rows.
-        stop_ids: that end a row.
-        top_k: K of the acceptance test.
-    """
-
-    name: str
-    pair: Pair
-    prompts: Prompts
-    stop_ids: tuple[int, ...] = ()
-    top_k: int = 25
-
-    def params(self, draft: Draft) -> SamplingParams:
-        return SamplingParams(
-            num_draft_tokens=draft,
-            teacher_top_k=self.top_k,
-            stop_token_ids=self.stop_ids,
-            **SAMPLING,
-        )
-
-    def cell(
-        self,
-        contender: str,
-        run: Callable[[], Facts],
-        rate: float | None = None,
-        repeats: int | None = None,
-        **settings: Any,
-    ) -> Cell:
-        """A contender at an acceptance rate (None: real acceptance, or none at all)."""
-        at = "" if rate is None else f", a = {rate}"
-        settings |= {"contender": contender, "group": self.name, "acceptance": rate}
-        return Cell(f"{contender}{at}, {self.name}", run, settings, repeats=repeats)
-
-
-# Contenders
+from axolotl_skd.rollout.types import Prompts
 
 
 def naive(work: Work, rate: float | None) -> Cell:
@@ -89,7 +35,7 @@ def naive(work: Work, rate: float | None) -> Cell:
     return work.cell("naive", run, rate)
 
 
-def batch1(work: Work, rate: float | None, repeats: int | None = None) -> Cell:
+def batch1(work: Work, rate: float | None) -> Cell:
     params = work.params(PUBLISHED_DRAFT)
 
     def run() -> Facts:
@@ -97,7 +43,7 @@ def batch1(work: Work, rate: float | None, repeats: int | None = None) -> Cell:
         recompute_teacher(work.pair, work.prompts, rows)
         return _facts(rows)
 
-    return work.cell("batch 1 + teacher", run, rate, repeats)
+    return work.cell("batch 1 + teacher", run, rate)
 
 
 def on_policy(work: Work, batch_size: int | None = None, repeats: int | None = None) -> Cell:

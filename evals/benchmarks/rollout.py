@@ -18,15 +18,12 @@ whatever their G, batch and cache; that is asserted in the same run.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from contenders import PUBLISHED_DRAFT, Draft, Work, batch1, gkd, naive, on_policy, ours
+from contenders import batch1, gkd, naive, on_policy, ours
 from floor import Round, cost_cells, floor_seconds
 from harness import (
     Benchmark,
@@ -39,23 +36,10 @@ from harness import (
     require_equal,
     start,
 )
-from models import (
-    PAIRS,
-    Pair,
-    default_models,
-    load_tiny_pair,
-    make_pair,
-    random_prompts,
-    skewed_lengths,
-    tiny_tokenizer,
-)
+from models import PAIRS, Pair, default_models, make_pair, skewed_lengths
+from work import PROMPT_TOKENS, PUBLISHED_DRAFT, Draft, Work, make_work, tiny_work
 
-from axolotl_skd.resources import resource_path
-from axolotl_skd.rollout.sampling import row_streams
-from axolotl_skd.rollout.types import AUTO, Prompts
-
-PROMPT_TOKENS = (40, 64)
-SEED = 7
+from axolotl_skd.rollout.types import AUTO
 
 Times = Mapping[str, Measurement]
 
@@ -100,39 +84,6 @@ QUICK = Plan(
     skewed=(4, 2, 2, 8),
     tiny_rows=2,
 )
-
-
-# Work
-
-
-def make_work(pair: Pair, num_rows: int, max_new: int | torch.Tensor, name: str = "") -> Work:
-    """Random prompts, completions of `max_new` tokens (one number, or one per row)."""
-    limits = max_new if isinstance(max_new, torch.Tensor) else torch.full((num_rows,), max_new)
-    vocab_size = pair.student.config.get_text_config().vocab_size
-    prompts = Prompts(
-        random_prompts(num_rows, vocab_size, *PROMPT_TOKENS), _streams(num_rows), limits
-    )
-    return Work(name or f"B = {num_rows}, T = {max_new}", pair, prompts)
-
-
-def tiny_work(device: torch.device, num_rows: int, max_new: int) -> Work:
-    """The embedded pair on its own validation problems, ended by its own stop token."""
-    pair, tokenizer = load_tiny_pair(device), tiny_tokenizer()
-    lines = Path(resource_path("example_configs"), "tiny/data/validation.jsonl").read_text()
-    rows = [json.loads(line)["messages"][:1] for line in lines.splitlines()[:num_rows]]
-    ids = [
-        tokenizer.apply_chat_template(row, add_generation_prompt=True, return_dict=False)
-        for row in rows
-    ]
-    prompts = Prompts(
-        tuple(map(torch.tensor, ids)), _streams(num_rows), torch.full((num_rows,), max_new)
-    )
-    stop_ids = (tokenizer.eos_token_id,)
-    return Work(f"tiny pair, B = {num_rows}", pair, prompts, stop_ids, top_k=3)
-
-
-def _streams(num_rows: int) -> torch.Tensor:
-    return row_streams(seed=SEED, epoch=0, sample_ids=torch.arange(num_rows))
 
 
 # Groups

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from algorithm1 import cached_rows
-from contenders import PUBLISHED_DRAFT, Draft, Work
 from engines import acceptance, new_engine
 from harness import Facts
 from models import Pair, left_padded
 from on_policy import generate, positions_of
 from torch import Tensor
 from transformers import TrainingArguments
+from work import PUBLISHED_DRAFT, Draft, Work
 
 from axolotl_skd.data import IGNORE_INDEX, pad_rows
 from axolotl_skd.losses.divergences import forward_kl

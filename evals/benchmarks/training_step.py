@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
-from contenders import Draft
 from harness import (
     Benchmark,
     Cell,
@@ -36,7 +35,6 @@ from harness import (
 )
 from models import PAIRS, Pair, default_models, left_padded, make_pair
 from phases import profile_step
-from rollout import SEED, make_work
 from steps import (
     OurStep,
     StepWork,
@@ -47,6 +45,7 @@ from steps import (
     our_step,
     published_step,
 )
+from work import SEED, Draft, make_work
 
 from axolotl_skd.rollout.types import AUTO
 
