@@ -12,10 +12,10 @@ from axolotl.utils.logging import get_logger
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from axolotl_skd.config import Distillation, RolloutConfig, TeacherConfig
 from axolotl_skd.losses.divergences import get_divergence
+from axolotl_skd.memory import Forecast, forecast, step_shape
 from axolotl_skd.methods import LossRecipe, Share
 from axolotl_skd.preflight import (
     ConfigConflictError,
@@ -41,6 +41,7 @@ def assemble(
     distillation: Distillation,
     preflight: Preflight,
     seed: int,
+    sequence_len: int,
 ) -> str:
     """Load the teacher and attach it and the completion source to a trainer.
 
@@ -49,6 +50,7 @@ def assemble(
         distillation: the typed config block.
         preflight: what the checks before loading found.
         seed: Axolotl's, used where the block has none.
+        sequence_len: Axolotl's, the longest row of the data set.
 
     Returns:
         the description for the start line.
@@ -104,9 +106,30 @@ def assemble(
                 alpha=distillation.loss.skew_alpha,
                 temperature=distillation.loss.loss_temperature,
             ),
+            forecast=_forecast(trainer, distillation, student, teacher, sequence_len),
         )
     )
-    return _description(trainer.processing_class, distillation, params, student, teacher, shared)
+    return _description(trainer, distillation, params, shared)
+
+
+def _forecast(
+    trainer: DistillationTrainer,
+    distillation: Distillation,
+    student: CausalLM,
+    teacher: CausalLM | None,
+    sequence_len: int,
+) -> Forecast:
+    rollout, rolls_out = distillation.rollout, distillation.method_row.rolls_out
+    half = trainer.args.bf16 or trainer.args.fp16
+    shape = step_shape(
+        trainer.args,
+        rolls_out=rolls_out,
+        prompt_tokens=rollout.max_prompt_tokens if rolls_out else 0,
+        new_tokens=rollout.max_new_tokens if rolls_out else sequence_len,
+        rollout_batch_size=rollout.rollout_batch_size,
+        activation_bytes=2 if half else student.model.dtype.itemsize,
+    )
+    return forecast(student, teacher, shape)
 
 
 def _source(
@@ -177,21 +200,20 @@ def _refuse_wrapped_head(model: nn.Module) -> None:
 
 
 def _description(
-    tokenizer: PreTrainedTokenizerBase,
+    trainer: DistillationTrainer,
     distillation: Distillation,
     params: SamplingParams,
-    student: CausalLM,
-    teacher: CausalLM | None,
     shared: SharedVocabulary | None,
 ) -> str:
+    distiller, tokenizer = trainer.distiller, trainer.processing_class
     parts: dict[str, Any] = {
         "method": f"{distillation.method} ({distillation.method_row.summary})",
-        "student": _parameters(student.model),
+        "student": _parameters(distiller.student.model),
     }
-    if teacher is not None:
+    if distiller.teacher is not None:
         quantised = _quantisation(distillation.teacher)
         parts["teacher"] = (
-            f"{distillation.teacher.base_model}, {_parameters(teacher.model)}{quantised}"
+            f"{distillation.teacher.base_model}, {_parameters(distiller.teacher.model)}{quantised}"
         )
         parts["vocabulary"] = shared
     if distillation.method_row.loss is LossRecipe.DIVERGENCE:
@@ -200,6 +222,7 @@ def _description(
         stops = tokenizer.convert_ids_to_tokens(list(params.stop_token_ids))
         parts["stop set"] = dict(zip(params.stop_token_ids, stops, strict=True))
         parts["rollout"] = _settings(distillation)
+    parts["memory"] = distiller.forecast
     return "; ".join(f"{name}: {value}" for name, value in parts.items())
 
 

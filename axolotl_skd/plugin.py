@@ -89,7 +89,9 @@ class SKDPlugin(BasePlugin):
         if distillation is None:
             return
         preflight = check_models(cfg, distillation, trainer.processing_class)
-        description = assemble(trainer, distillation, preflight, seed=cfg.seed or 0)
+        description = assemble(
+            trainer, distillation, preflight, seed=cfg.seed or 0, sequence_len=cfg.sequence_len
+        )
         trainer.add_callback(StartLineCallback(description))
 
     def post_train_unload(self, cfg: DictDefault) -> None:

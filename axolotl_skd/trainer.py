@@ -24,6 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from axolotl_skd.data import IGNORE_INDEX, SAMPLE_ID_COLUMN
 from axolotl_skd.losses.divergences import Divergence, cross_entropy
 from axolotl_skd.losses.fused import TeacherTargets, TokenLoss, chunk_size, fused_token_loss
+from axolotl_skd.memory import GIB, Forecast, PeakMemory, weight_bytes
 from axolotl_skd.methods import LossRecipe, Method, get_method
 from axolotl_skd.metrics import Counters
 from axolotl_skd.rollout.lm import CausalLM, rollout_mode
@@ -43,12 +44,14 @@ class Distiller:
         student: view of the unwrapped student.
         teacher: view of the frozen teacher, None for methods without one.
         divergence: between teacher and student, for methods that learn distributions.
+        forecast: of the memory that a step needs.
     """
 
     source: CompletionSource
     student: CausalLM
     teacher: CausalLM | None
     divergence: Divergence
+    forecast: Forecast
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -66,6 +69,8 @@ class DistillationCore(Trainer):
         """Hand over models and source; must come before training or evaluation."""
         self.distiller = distiller
         self.counters = Counters()
+        models = [lm for lm in (distiller.student, distiller.teacher) if lm is not None]
+        self._peak_memory = PeakMemory(distiller.student.device, sum(map(weight_bytes, models)))
         # Losses arrive normalised by the window's tokens: no second division by accumulation steps.
         # Axolotl's constructor turns this off, so it is set after it.
         self.model_accepts_loss_kwargs = True
@@ -240,6 +245,8 @@ class DistillationCore(Trainer):
             logs.pop("eval_ppl", None)
         if "loss" in logs:
             logs.update(self.counters.pop(self._reduce_sum, self.accelerator.device))
+            logs["memory/peak_gib"] = self._peak_memory.read() / GIB
+            logs["memory/predicted_gib"] = self._attached().forecast.peak / GIB
         super().log(logs, *args, **kwargs)
 
     def _reduce_sum(self, values: Tensor) -> Tensor:

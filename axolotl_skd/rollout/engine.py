@@ -42,6 +42,9 @@ from axolotl_skd.rollout.sampling import (
 from axolotl_skd.rollout.stopwatch import Stopwatch
 from axolotl_skd.rollout.types import AUTO, Prompts, Rollout, SamplingParams, Source
 
+# Teacher logits that exist at one time: 2^27 floats = 512 MiB.
+VERIFIED_ELEMENTS = 2**27
+
 # Prompt tokens of one forward, padding included: plenty for any device, and a bound on its memory.
 PREFILL_TOKENS = 2**14
 
@@ -127,7 +130,7 @@ class RolloutEngine:
                 hidden = lm.forward(
                     flight.pending[:, None], flight.positions(1), caches[0], flight.longest
                 )
-                uniforms = flight.uniforms(1, role)[0]
+                uniforms = flight.uniforms(1)[role]
                 tokens = sampler(lm.logits(hidden[:, -1]), temperature, top_p, uniforms[:, 0])
                 one = torch.ones_like(tokens)
                 return Proposal(
@@ -206,10 +209,9 @@ class RolloutEngine:
     ) -> Proposal:
         """Draft, verify, replace, once for all rows in flight."""
         teacher = self._require_teacher()
-        roles = (Role.STUDENT, Role.TEACHER, Role.ACCEPT)
-        student_uniforms, *teacher_uniforms = flight.uniforms(num_draft, *roles)
+        uniforms = flight.uniforms(num_draft)
         watch.mark()
-        fed, drafts = self._draft(flight, caches[0], student_uniforms, params, sampler)
+        fed, drafts = self._draft(flight, caches[0], uniforms[Role.STUDENT], params, sampler)
         watch.mark()
         # Verification happens where the teacher lives; only token ids travel.
         hidden = teacher.forward(
@@ -218,9 +220,7 @@ class RolloutEngine:
             caches[1],
             flight.longest + num_draft - 1,
         )
-        tokens, num_accepted = self._verify(
-            teacher.logits(hidden), drafts, teacher_uniforms, params, sampler
-        )
+        tokens, num_accepted = self._verify(hidden, drafts, uniforms, params, sampler)
         return Proposal(
             tokens=tokens,
             limit=(num_accepted + 1).clamp(max=num_draft),
@@ -254,40 +254,52 @@ class RolloutEngine:
 
     def _verify(
         self,
-        logits: Tensor,
+        hidden: Tensor,
         drafts: Tensor,
-        uniforms: Sequence[Tensor],
+        uniforms: Tensor,
         params: SamplingParams,
         sampler: _Sampler,
     ) -> tuple[Tensor, Tensor]:
         """Keep the proposals up to the first that the teacher refuses, replace that one.
 
         Args:
-            logits: raw teacher logits [R, G, V], on the teacher's device.
+            hidden: the teacher's states [R, G, H], on its device.
             drafts: int64 [R, G].
-            uniforms: random numbers of replacement and acceptance, both float64 [R, G].
+            uniforms: random numbers by role, float64 [3, R, G].
             params, sampler: how to sample.
 
         Returns:
             tokens int64 [R, G] (meaningless after the replacement), number accepted int64 [R], both on
             the device of `drafts`.
         """
-        num_draft = drafts.shape[1]
-        judged = drafts.to(logits.device)
-        replacing, accepting = (numbers.to(logits.device) for numbers in uniforms)
-        accepted = self._accept(logits, judged, accepting, params)
-        num_accepted = accepted.long().cumprod(dim=1).sum(dim=1)
+        device, num_draft = hidden.device, drafts.shape[1]
+        judged, uniforms = drafts.to(device), uniforms.to(device)
+        # Some rows at a time: logits of all of them need not exist together.
+        num_rows = max(1, VERIFIED_ELEMENTS // (num_draft * self._require_teacher().vocab_size))
+        parts = (x.split(num_rows) for x in (hidden, judged, uniforms[Role.ACCEPT]))
+        verdicts = [self._verdicts(*part, params) for part in zip(*parts, strict=True)]
+        num_accepted, deciding = (torch.cat(parts) for parts in zip(*verdicts, strict=True))
         # Where everything was accepted the last index is sampled in vain and not used.
         index = num_accepted.clamp(max=num_draft - 1)[:, None]
         replacements = sampler(
-            logits.take_along_dim(index[:, :, None], dim=1)[:, 0],
+            deciding,
             params.teacher_temperature,
             params.teacher_top_p,
-            replacing.gather(1, index)[:, 0],
+            uniforms[Role.TEACHER].gather(1, index)[:, 0],
         )
-        offsets = torch.arange(num_draft, device=logits.device)
+        offsets = torch.arange(num_draft, device=device)
         tokens = torch.where(offsets == num_accepted[:, None], replacements[:, None], judged)
         return tokens.to(drafts.device), num_accepted.to(drafts.device)
+
+    def _verdicts(
+        self, hidden: Tensor, drafts: Tensor, uniforms: Tensor, params: SamplingParams
+    ) -> tuple[Tensor, Tensor]:
+        """Number accepted int64 [r], and the logits [r, V] that decide about the replacement."""
+        logits = self._require_teacher().logits(hidden)
+        accepted = self._accept(logits, drafts, uniforms, params)
+        num_accepted = accepted.long().cumprod(dim=1).sum(dim=1)
+        index = num_accepted.clamp(max=drafts.shape[1] - 1)
+        return num_accepted, logits.take_along_dim(index[:, None, None], dim=1)[:, 0]
 
     def _draft_length(self, params: SamplingParams) -> DraftLength:
         if params.num_draft_tokens == AUTO:

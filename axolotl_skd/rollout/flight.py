@@ -210,11 +210,15 @@ class Flight:
         offsets = torch.arange(num_tokens, device=self.device)
         return torch.minimum((self._next - 1)[:, None] + offsets, (self._end - 1)[:, None])
 
-    def uniforms(self, num_tokens: int, *roles: Role) -> Tensor:
-        """Random numbers of the next tokens, keyed by position: float64 [roles, R, num_tokens]."""
+    def uniforms(self, num_tokens: int) -> Tensor:
+        """Random numbers of the next tokens, keyed by their positions.
+
+        Returns:
+            float64 [3, R, num_tokens], by `Role`: of the student, the teacher and acceptance.
+        """
         offsets = torch.arange(num_tokens, device=self.device)
-        which = torch.tensor(roles, device=self.device)[:, None, None]
-        return keyed_uniform(self._stream[:, None], self._next[:, None] + offsets, which)
+        roles = torch.arange(Role.ACCEPT + 1, device=self.device)[:, None, None]
+        return keyed_uniform(self._stream[:, None], self._next[:, None] + offsets, roles)
 
     def judge(self, proposal: Proposal) -> Verdict:
         """How much of a proposal each row takes: up to its length or first stop token."""

@@ -41,6 +41,7 @@ class LanguageModel(Protocol):
     """What the engine needs of a model; tests put hand-written stubs in its place."""
 
     device: torch.device
+    vocab_size: int
 
     def new_cache(self, num_rows: int, num_slots: int) -> Any:
         """An empty cache with `keep_rows(index)`."""
@@ -130,9 +131,19 @@ class CausalLM:
         return self.head.module.weight.device
 
     @property
+    def vocab_size(self) -> int:
+        """V, of the logits."""
+        return self.head.vocab_size
+
+    @property
     def head_module(self) -> nn.Module:
         """Whose parameters `logits` applies."""
         return self.head.module
+
+    @property
+    def state_size(self) -> int:
+        """H, numbers of a state from which `logits` are computed."""
+        return self.config.hidden_size
 
     def new_cache(self, num_rows: int, num_slots: int) -> SlotCache:
         num_layers = self.config.num_hidden_layers
@@ -226,6 +237,10 @@ class FullLogitsLM(CausalLM):
     @property
     def head_module(self) -> nn.Module:
         return nn.Identity()
+
+    @property
+    def state_size(self) -> int:
+        return self.head.full_vocab_size
 
     def wrapped_states(self, wrapper: nn.Module, ids: Tensor, attention_mask: Tensor) -> Tensor:
         return wrapper(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits

@@ -41,6 +41,7 @@ class ScriptedLM:
     def __init__(self, script: Script) -> None:
         self.script = script
         self.device = torch.device("cpu")
+        self.vocab_size = VOCAB_SIZE
         self.fed: list[list[list[int]]] = []  # per decoding forward and row: its positions
         self.rows: list[list[int]] = []  # per decoding forward: which rows of the first cache
         self.prefilled: list[list[int]] = []  # per prompt forward: the rows of the cache

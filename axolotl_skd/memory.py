@@ -1,0 +1,223 @@
+"""What a step will need at its peak, said before training, and what it did need.
+
+A sum of the large things, from shapes alone: it is meant to tell 20 GiB from 30, not 20 from 21. The
+backward pass and the rollout do not coincide (caches are freed before), so the peak is the larger of
+the two.
+
+Legend: N rows of a window, R rows in flight, B rows of a micro-batch, P prompt, T completion, H hidden
+size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import TrainingArguments
+
+from axolotl_skd.losses.fused import chunk_size
+from axolotl_skd.rollout.engine import PREFILL_TOKENS
+from axolotl_skd.rollout.lm import CausalLM
+
+GIB = 2**30
+
+# Matrices of a chunk of positions by V, in float32, that the loss holds at one time.
+_LOSS_MATRICES = 6
+# Bytes of optimizer state per trainable parameter, by the names of `optimizer:`; others: two moments
+# in the parameter's own dtype.
+_OPTIMIZER_BYTES = {
+    "sgd": 0,
+    "adafactor": 0,
+    "adamw_8bit": 2,
+    "adamw_bnb_8bit": 2,
+    "adamw_torch_8bit": 2,
+    "paged_adamw_8bit": 0,
+    "paged_adamw_32bit": 0,
+    "lion_8bit": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The sizes that decide about memory.
+
+    Attributes:
+        window_rows: N.
+        rows_in_flight: R.
+        batch_rows: B.
+        prompt_tokens: P.
+        new_tokens: T, the longest completion, sampled or from the data set.
+        rolls_out: does the method sample?
+        checkpointing: are activations recomputed in the backward pass?
+        activation_bytes: of one number in the student's forward.
+        optimizer: Hugging Face's name.
+    """
+
+    window_rows: int
+    rows_in_flight: int
+    batch_rows: int
+    prompt_tokens: int
+    new_tokens: int
+    rolls_out: bool
+    checkpointing: bool
+    activation_bytes: int
+    optimizer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Bytes on the student's device, by what they are for.
+
+    Attributes:
+        rollout, training: what is there at the peak of each phase; empty without a rollout.
+    """
+
+    rollout: Mapping[str, int]
+    training: Mapping[str, int]
+
+    @property
+    def phase(self) -> str:
+        """Where the peak is."""
+        larger = sum(self.rollout.values()) > sum(self.training.values())
+        return "rollout" if larger else "training"
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return max(sum(self.rollout.values()), sum(self.training.values()))
+
+    def __str__(self) -> str:
+        parts = self.rollout if self.phase == "rollout" else self.training
+        listed = ", ".join(
+            f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= 0.005 * GIB
+        )
+        return f"predicted peak {self.peak / GIB:.2f} GiB, in the {self.phase} ({listed})"
+
+
+def forecast(student: CausalLM, teacher: CausalLM | None, shape: StepShape) -> Forecast:
+    """Predict the peak of a step on the student's device."""
+    beside = teacher if teacher is not None and teacher.device == student.device else None
+    trainable = [p for p in student.model.parameters() if p.requires_grad]
+    always = {
+        "student": weight_bytes(student),
+        "teacher": weight_bytes(beside) if beside else 0,
+        "optimizer": sum(_optimizer_bytes(shape.optimizer, p) for p in trainable),
+    }
+    kept = 0
+    if beside is not None and shape.rolls_out:
+        kept = shape.window_rows * shape.new_tokens * beside.state_size * _dtype_bytes(beside)
+    rollout: dict[str, int] = {}
+    if shape.rolls_out:
+        models = [lm for lm in (student, beside) if lm is not None]
+        slots = shape.rows_in_flight * (shape.prompt_tokens + shape.new_tokens)
+        prompts = min(shape.rows_in_flight * shape.prompt_tokens, PREFILL_TOKENS)
+        rollout = {
+            **always,
+            "KV caches": slots * sum(kv_bytes(lm) for lm in models),
+            "teacher states": kept,
+            "prompts": prompts * max(_layer_bytes(lm, _dtype_bytes(lm)) for lm in models),
+        }
+    tokens = shape.batch_rows * (shape.prompt_tokens + shape.new_tokens)
+    vocab, head = student.head.vocab_size, list(student.head_module.parameters())
+    training = {
+        **always,
+        "gradients": sum(p.numel() * p.element_size() for p in trainable),
+        "teacher states": kept,
+        "activations": tokens * _activation_bytes(student, shape),
+        "loss chunks": _LOSS_MATRICES * 4 * min(tokens, chunk_size(vocab)) * vocab,
+        "head gradient": sum(4 * p.numel() for p in head if p.requires_grad),
+    }
+    return Forecast(rollout, training)
+
+
+def step_shape(
+    args: TrainingArguments,
+    rolls_out: bool,
+    prompt_tokens: int,
+    new_tokens: int,
+    rollout_batch_size: int | None,
+    activation_bytes: int,
+) -> StepShape:
+    """The shape of a step under Hugging Face's arguments."""
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return StepShape(
+        window_rows=rows,
+        rows_in_flight=min(rows, rollout_batch_size or rows),
+        batch_rows=args.per_device_train_batch_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rolls_out=rolls_out,
+        checkpointing=bool(args.gradient_checkpointing),
+        activation_bytes=activation_bytes,
+        optimizer=str(getattr(args.optim, "value", args.optim)),
+    )
+
+
+def weight_bytes(lm: CausalLM) -> int:
+    """Bytes of all parameters as they are stored, quantised ones included."""
+    return sum(p.numel() * p.element_size() for p in lm.model.parameters())
+
+
+def kv_bytes(lm: CausalLM) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    config = lm.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * _dtype_bytes(lm)
+
+
+class PeakMemory:
+    """The measured counterpart of a forecast: bytes above what was there before any model.
+
+    On an accelerator the allocator's own peak; on a CPU the process's, which knows no tensors.
+    """
+
+    def __init__(self, device: torch.device, loaded: int) -> None:
+        """
+        Args:
+            device: the student's.
+            loaded: bytes of the models that are loaded by now.
+        """
+        self._device = device
+        self._before = _process_peak() - loaded if device.type == "cpu" else 0
+
+    def read(self) -> int:
+        """Bytes."""
+        if self._device.type == "cpu":
+            return _process_peak() - self._before
+        return torch.accelerator.max_memory_allocated(self._device)
+
+
+def _process_peak() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _optimizer_bytes(name: str, parameter: torch.Tensor) -> int:
+    per_number = _OPTIMIZER_BYTES.get(name, 2 * parameter.element_size())
+    return per_number * parameter.numel()
+
+
+def _activation_bytes(lm: CausalLM, shape: StepShape) -> int:
+    """Bytes per token that wait for the backward pass."""
+    layers, one = lm.config.num_hidden_layers, _layer_bytes(lm, shape.activation_bytes)
+    if not shape.checkpointing:
+        return layers * one
+    return layers * _hidden_size(lm) * shape.activation_bytes + one
+
+
+def _layer_bytes(lm: CausalLM, bytes_per_number: int) -> int:
+    """Bytes of what one layer computes per token: norms, projections, attention, gated MLP."""
+    inner = getattr(lm.config, "intermediate_size", None) or 4 * _hidden_size(lm)
+    return bytes_per_number * (12 * _hidden_size(lm) + 4 * inner)
+
+
+def _hidden_size(lm: CausalLM) -> int:
+    return lm.config.hidden_size
+
+
+def _dtype_bytes(lm: CausalLM) -> int:
+    return torch.empty((), dtype=lm.model.dtype).element_size()

@@ -1,0 +1,134 @@
+"""The memory forecast: exact where it can be (weights, caches, kept states), monotone elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from axolotl_skd.memory import (
+    GIB,
+    Forecast,
+    PeakMemory,
+    StepShape,
+    forecast,
+    kv_bytes,
+    weight_bytes,
+)
+from axolotl_skd.rollout.engine import RolloutEngine
+from axolotl_skd.rollout.lm import CausalLM
+from axolotl_skd.rollout.sampling import row_streams
+from axolotl_skd.rollout.types import Prompts, SamplingParams
+from tests.rollout.tiny import FAMILIES, tiny_model
+
+SHAPE = StepShape(
+    window_rows=6,
+    rows_in_flight=4,
+    batch_rows=2,
+    prompt_tokens=9,
+    new_tokens=7,
+    rolls_out=True,
+    checkpointing=False,
+    activation_bytes=4,
+    optimizer="adamw_torch",
+)
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[CausalLM, CausalLM]:
+    student = CausalLM(tiny_model("llama", seed=1))
+    teacher = CausalLM(tiny_model("llama", seed=2, hidden_size=48, num_layers=3))
+    teacher.model.requires_grad_(False)
+    return student, teacher
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_bytes_are_those_of_the_real_cache(family: str, dtype: torch.dtype) -> None:
+    lm = CausalLM(tiny_model(family, seed=1).to(dtype))
+    cache = lm.new_cache(3, 10)
+    with torch.no_grad():
+        lm.prefill(torch.ones(3, 4, dtype=torch.long), torch.arange(3), cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == 3 * 10 * kv_bytes(lm)
+
+
+def test_kept_states_are_those_of_a_real_rollout(pair: tuple[CausalLM, CausalLM]) -> None:
+    prompts = Prompts(
+        tuple(torch.ones(9, dtype=torch.long) for _ in range(6)),
+        row_streams(0, 0, torch.arange(6)),
+        torch.full((6,), 7),
+    )
+    params = SamplingParams(3, 300, 1.0, 0.9, 1.0, 0.9, ())
+    with torch.no_grad():
+        rollout = RolloutEngine(*pair).interleave(prompts, params)
+    parts = forecast(*pair, SHAPE)
+    assert parts.training["teacher states"] == rollout.teacher_hidden.nbytes
+    assert parts.rollout["teacher states"] == rollout.teacher_hidden.nbytes
+
+
+def test_weights_gradients_and_optimizer(pair: tuple[CausalLM, CausalLM]) -> None:
+    student, teacher = pair
+    size = 4 * sum(p.numel() for p in student.model.parameters())
+    parts = forecast(student, teacher, SHAPE).training
+    assert weight_bytes(student) == parts["student"] == parts["gradients"] == size
+    assert parts["optimizer"] == 2 * size
+    assert parts["teacher"] == weight_bytes(teacher)
+    sgd = forecast(student, teacher, replace(SHAPE, optimizer="sgd"))
+    assert sgd.training["optimizer"] == 0
+    assert forecast(student, None, SHAPE).training["teacher"] == 0
+
+
+def test_a_frozen_student_part_needs_no_gradient() -> None:
+    student = CausalLM(tiny_model("llama", seed=1))
+    student.model.requires_grad_(False)
+    student.model.model.norm.weight.requires_grad_(True)
+    parts = forecast(student, None, SHAPE).training
+    assert parts["gradients"] == 4 * student.model.model.norm.weight.numel()
+    assert parts["head gradient"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "phase", "part"),
+    [
+        ({"rows_in_flight": 8}, "rollout", "KV caches"),
+        ({"new_tokens": 70}, "rollout", "KV caches"),
+        ({"prompt_tokens": 90}, "rollout", "prompts"),
+        ({"window_rows": 60}, "training", "teacher states"),
+        ({"batch_rows": 20}, "training", "activations"),
+        ({"activation_bytes": 8}, "training", "activations"),
+    ],
+)
+def test_more_of_it_needs_more(
+    pair: tuple[CausalLM, CausalLM], change: dict[str, int], phase: str, part: str
+) -> None:
+    before, after = (forecast(*pair, shape) for shape in (SHAPE, replace(SHAPE, **change)))
+    assert getattr(after, phase)[part] > getattr(before, phase)[part]
+
+
+def test_checkpointing_needs_less(pair: tuple[CausalLM, CausalLM]) -> None:
+    less = forecast(*pair, replace(SHAPE, checkpointing=True)).training["activations"]
+    assert less < forecast(*pair, SHAPE).training["activations"]
+
+
+def test_without_a_rollout_nothing_is_kept(pair: tuple[CausalLM, CausalLM]) -> None:
+    parts = forecast(*pair, replace(SHAPE, rolls_out=False))
+    assert not parts.rollout
+    assert parts.training["teacher states"] == 0
+    assert parts.phase == "training"
+
+
+def test_the_peak_is_the_larger_phase() -> None:
+    what = Forecast({"student": 1 * GIB, "KV caches": 3 * GIB}, {"student": 1 * GIB, "x": GIB // 2})
+    assert (what.phase, what.peak) == ("rollout", 4 * GIB)
+    assert str(what) == "predicted peak 4.00 GiB, in the rollout (student 1.00, KV caches 3.00)"
+    assert replace(what, rollout={}).phase == "training"
+
+
+def test_the_measured_peak_counts_the_models_and_what_came_after() -> None:
+    gauge = PeakMemory(torch.device("cpu"), loaded=GIB)
+    assert GIB <= gauge.read() < GIB + 2**20
+    block: Tensor = torch.ones(2**29)  # 2 GiB, more than anything before it
+    assert gauge.read() > GIB + block.nbytes // 4
