@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 from algorithm1 import cached_rows, recompute_teacher, uncached
-from engines import acceptance, counted, new_engine
+from engines import acceptance, count_rounds, new_engine
 from floor import Round
 from harness import Cell, Facts, digest
 from on_policy import generate, teacher_states
@@ -93,22 +93,25 @@ def ours(
     refill: bool = False,
     repeats: int | None = None,
 ) -> Cell:
-    """The engine: on all rows at once, or on `batch_size` in flight (`refill`) or in turn."""
+    """The engine: on all rows at once, or on `batch_size` in flight (`refill`) or in turn.
+
+    What `auto` learns in a run it keeps for the next, as in training.
+    """
     params = work.params(draft)
-    rounds: Counter[Round] = Counter()
 
     @cache
-    def engine() -> RolloutEngine:
-        accept = counted(acceptance(rate), rounds)
-        return new_engine(work.pair, accept, batch_size if refill else None)
+    def engine_and_rounds() -> tuple[RolloutEngine, Counter[Round]]:
+        engine = new_engine(work.pair, acceptance(rate), batch_size if refill else None)
+        return engine, count_rounds(engine)
 
     @torch.no_grad()
     def run() -> Facts:
+        engine, rounds = engine_and_rounds()
         rounds.clear()
         rows: list[list[int]] = []
         accepted = proposed = 0
         for part in _batches(work.prompts, None if refill else batch_size):
-            rollout = engine().interleave(part, params)
+            rollout = engine.interleave(part, params)
             rows += [row.tolist() for row in rollout.unpadded()]
             accepted += int(rollout.accepted_mask.sum())
             proposed += int(rollout.num_proposed.sum())

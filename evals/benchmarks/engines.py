@@ -8,14 +8,15 @@ and every contender that asks for the same position of the same row gets the sam
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
-from axolotl_skd.rollout.acceptance import AcceptanceRule, accept_top_k
-from axolotl_skd.rollout.graphs import CudaCapture
 from floor import Round
 from models import Pair
 from torch import Tensor
 
+from axolotl_skd.rollout.acceptance import AcceptanceRule, accept_top_k
 from axolotl_skd.rollout.engine import RolloutEngine
+from axolotl_skd.rollout.graphs import CudaCapture
 from axolotl_skd.rollout.lm import CausalLM
 from axolotl_skd.rollout.types import SamplingParams
 
@@ -32,16 +33,17 @@ def acceptance(rate: float | None) -> AcceptanceRule:
     return accept
 
 
-def counted(accept: AcceptanceRule, rounds: Counter[Round]) -> AcceptanceRule:
-    """The same rule, which also counts rounds by their size: it is asked once in each."""
+def count_rounds(engine: RolloutEngine) -> Counter[Round]:
+    """Rounds by their size, counted from now on: the teacher goes forward once in each."""
+    rounds: Counter[Round] = Counter()
+    forward = engine.teacher.forward
 
-    def counting(
-        teacher_logits: Tensor, proposed_ids: Tensor, uniforms: Tensor, params: SamplingParams
-    ) -> Tensor:
-        rounds[proposed_ids.shape[0], proposed_ids.shape[1]] += 1
-        return accept(teacher_logits, proposed_ids, uniforms, params)
+    def counting(ids: Tensor, *args: Any) -> Tensor:
+        rounds[ids.shape[0], ids.shape[1]] += 1
+        return forward(ids, *args)
 
-    return counting
+    engine.teacher.forward = counting
+    return rounds
 
 
 def new_engine(
