@@ -32,7 +32,7 @@ def naive(work: Work, rate: float | None) -> Cell:
         recompute_teacher(work.pair, work.prompts, rows)
         return _facts(rows)
 
-    return work.cell("naive", run, rate)
+    return work.cell("naive", run, rate, repeats=1)
 
 
 def batch1(work: Work, rate: float | None) -> Cell:
@@ -43,7 +43,7 @@ def batch1(work: Work, rate: float | None) -> Cell:
         recompute_teacher(work.pair, work.prompts, rows)
         return _facts(rows)
 
-    return work.cell("batch 1 + teacher", run, rate)
+    return work.cell("batch 1 + teacher", run, rate, repeats=2)
 
 
 def on_policy(work: Work, batch_size: int | None = None, repeats: int | None = None) -> Cell:

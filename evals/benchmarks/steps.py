@@ -24,7 +24,9 @@ from work import PUBLISHED_DRAFT, Draft, Work
 
 from axolotl_skd.data import IGNORE_INDEX, pad_rows
 from axolotl_skd.losses.divergences import forward_kl
+from axolotl_skd.memory import Forecast, forecast, step_shape
 from axolotl_skd.methods import get_method
+from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.types import Source
 from axolotl_skd.sources import Batch, RolloutSource
 from axolotl_skd.trainer import DistillationCore, Distiller
@@ -109,7 +111,7 @@ class OurStep:
         self.trainer.state.max_steps = 1
         self.trainer.attach(
             Distiller(
-                RolloutSource(
+                source=RolloutSource(
                     sample,
                     source,
                     params,
@@ -119,11 +121,24 @@ class OurStep:
                     pad_token_id=0,
                     pad_to_multiple_of=None,
                 ),
-                engine.student,
-                engine.teacher,
-                forward_kl,
+                student=engine.student,
+                teacher=engine.teacher,
+                divergence=forward_kl,
+                forecast=self._forecast(engine),
             )
         )
+
+    def _forecast(self, engine: RolloutEngine) -> Forecast:
+        step = self._step
+        shape = step_shape(
+            self.trainer.args,
+            rolls_out=True,
+            prompt_tokens=max(map(len, step.work.prompts.ids)),
+            new_tokens=step.max_new,
+            rollout_batch_size=None,
+            activation_bytes=step.pair.student.dtype.itemsize,
+        )
+        return forecast(engine.student, engine.teacher, shape)
 
     def rollout(self) -> tuple[Batch, Tensor | int | None]:
         """One completed batch and the number of tokens in it."""
