@@ -24,8 +24,9 @@ from axolotl_skd.rollout.lm import CausalLM
 
 GIB = 2**30
 
-# Matrices of a chunk of positions by V, in float32, that the loss holds at one time.
-_LOSS_MATRICES = 6
+# Matrices of a chunk of positions by V that the loss holds at one time: logits of both models and a
+# gradient.
+_LOSS_MATRICES = 3
 # Bytes of optimizer state per trainable parameter, by the names of `optimizer:`; others: two moments
 # in the parameter's own dtype.
 _OPTIMIZER_BYTES = {
@@ -121,13 +122,14 @@ def forecast(student: CausalLM, teacher: CausalLM | None, shape: StepShape) -> F
             "prompts": prompts * max(_layer_bytes(lm, _dtype_bytes(lm)) for lm in models),
         }
     tokens = shape.batch_rows * (shape.prompt_tokens + shape.new_tokens)
-    vocab, head = student.head.vocab_size, list(student.head_module.parameters())
+    vocab, head = student.vocab_size, list(student.head_module.parameters())
+    chunk = min(tokens, chunk_size(vocab))
     training = {
         **always,
         "gradients": sum(p.numel() * p.element_size() for p in trainable),
         "teacher states": kept,
         "activations": tokens * _activation_bytes(student, shape),
-        "loss chunks": _LOSS_MATRICES * 4 * min(tokens, chunk_size(vocab)) * vocab,
+        "loss chunks": chunk * vocab * _LOSS_MATRICES * shape.activation_bytes,
         "head gradient": sum(4 * p.numel() for p in head if p.requires_grad),
     }
     return Forecast(rollout, training)

@@ -23,7 +23,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from axolotl_skd.data import IGNORE_INDEX, SAMPLE_ID_COLUMN
 from axolotl_skd.losses.divergences import Divergence, cross_entropy
-from axolotl_skd.losses.fused import TeacherTargets, TokenLoss, chunk_size, fused_token_loss
+from axolotl_skd.losses.fused import (
+    Targets,
+    TeacherTargets,
+    TokenLoss,
+    chunk_size,
+    fused_token_loss,
+)
 from axolotl_skd.memory import GIB, Forecast, PeakMemory, weight_bytes
 from axolotl_skd.methods import LossRecipe, Method, get_method
 from axolotl_skd.metrics import Counters
@@ -139,21 +145,22 @@ class DistillationCore(Trainer):
             hidden,
             distiller.student.logits,
             distiller.student.head_module,
-            self._recipe(inputs, predicted),
-            chunk_size(distiller.student.head.vocab_size),
+            *self._recipe(inputs, predicted),
+            chunk_size(distiller.student.vocab_size),
         )
         rows = predicted.nonzero()[:, 0]
         self._refuse_non_finite(losses, rows, inputs, training=torch.is_grad_enabled())
         return total, losses, rows
 
-    def _recipe(self, inputs: Batch, predicted: Tensor) -> TokenLoss:
-        """The method's loss of a chunk of this batch's tokens."""
+    def _recipe(self, inputs: Batch, predicted: Tensor) -> tuple[TokenLoss, Targets]:
+        """The method's loss of tokens, and what it compares this batch's with."""
         if self.method.loss is LossRecipe.CROSS_ENTROPY:
             token_ids = inputs["labels"][:, 1:][predicted]
-            return lambda logits, part: cross_entropy(logits, token_ids[part])
-        divergence = self._attached().divergence
-        targets = self._teacher_targets(inputs, predicted)
-        return lambda logits, part: divergence(logits, targets.logits(part).to(logits.device))
+            return cross_entropy, lambda part: (token_ids[part],)
+        teacher = self._teacher_targets(inputs, predicted)
+        return self._attached().divergence, lambda part: (
+            teacher.logits(part).to(predicted.device),
+        )
 
     def _teacher_targets(self, inputs: Batch, predicted: Tensor) -> TeacherTargets:
         """Stored at verification; where it was not, from one forward without gradient."""
