@@ -137,7 +137,7 @@ class Flight:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row in flight, the pending one included."""
+        """Tokens of the longest row that has a seat, the pending one included."""
         return max(self._host_next)
 
     @property
@@ -233,7 +233,9 @@ class Flight:
         tokens = proposal.tokens
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
         limit = torch.minimum(proposal.limit, self._end - self._next)
-        stops = torch.isin(tokens, self._stop_ids) & (offsets < limit[:, None])
+        # No torch.isin: with many stop tokens it sorts, and waits for the device.
+        ends = (tokens[:, :, None] == self._stop_ids).any(dim=-1)
+        stops = ends & (offsets < limit[:, None])
         stopped = stops.any(dim=1)
         count = torch.where(stopped, stops.int().argmax(dim=1) + 1, limit)
         accepted = torch.minimum(proposal.num_accepted, count)

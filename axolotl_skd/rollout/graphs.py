@@ -40,8 +40,14 @@ class GraphedForwards:
     A result is overwritten by the next call with its key: use it, or copy it, before.
     """
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, give_up: Callable[[], None]) -> None:
+        """
+        Args:
+            capture: makes a graph of a forward.
+            give_up: called once, if that fails.
+        """
         self._capture: Capture | None = capture
+        self._give_up = give_up
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, tuple[tuple[Tensor, ...], Replay, Tensor]] = {}
 
@@ -78,6 +84,7 @@ class GraphedForwards:
             )
             self._capture = None
             self._graphs.clear()
+            self._give_up()
             return False
         self._graphs[key] = (held, replay, output)
         return True

@@ -149,8 +149,12 @@ class CausalLM:
         num_layers = self.config.num_hidden_layers
         if self.capture is None:
             return SlotCache(num_layers, num_rows, num_slots, VIEW_MULTIPLE)
-        graphed = GraphedForwards(self.capture)
+        graphed = GraphedForwards(self.capture, self._give_up_graphs)
         return SlotCache(num_layers, num_rows, num_slots, _GRAPHED_VIEW_MULTIPLE, graphed)
+
+    def _give_up_graphs(self) -> None:
+        """What could not be captured once is not tried with every new cache."""
+        self.capture = None
 
     def prefill(self, ids: Tensor, rows: Tensor, cache: SlotCache) -> None:
         # Right-padded: pads sit in later slots, invisible until overwritten by the real token. So

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from axolotl_skd.rollout.acceptance import AcceptanceRule
 from models import Pair
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from axolotl_skd.rollout.acceptance import AcceptanceRule
 from axolotl_skd.rollout.sampling import Role, keyed_uniform, sample_top_p
 from axolotl_skd.rollout.types import Prompts, SamplingParams
 
