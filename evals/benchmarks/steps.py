@@ -19,6 +19,7 @@ from harness import Facts
 from models import Pair, left_padded
 from on_policy import generate, positions_of
 from torch import Tensor
+from torch.nn import functional
 from transformers import TrainingArguments
 from work import PUBLISHED_DRAFT, Draft, Work
 
@@ -238,5 +239,11 @@ def full_logits_loss(pair: Pair, ids: Tensor, mask: Tensor, num_last: int) -> Te
         teacher = pair.teacher(**inputs).logits
     student = pair.student(**inputs).logits
     predicting = slice(-1 - num_last, -1)
-    losses = forward_kl(student[:, predicting].flatten(0, 1), teacher[:, predicting].flatten(0, 1))
-    return losses.mean()
+    student_logprobs, teacher_logprobs = (
+        functional.log_softmax(logits[:, predicting].float(), dim=-1)
+        for logits in (student, teacher)
+    )
+    losses = functional.kl_div(
+        student_logprobs, teacher_logprobs, reduction="none", log_target=True
+    )
+    return losses.sum(dim=-1).mean()
