@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -72,8 +73,12 @@ def expected_tokens(acceptance_rate: float, num_draft_tokens: int) -> float:
 
 
 @dataclass(slots=True)
-class LinearCost:
-    """Seconds of a forward as a straight line in the number of tokens fed, from medians per size."""
+class MeasuredCost:
+    """Seconds of a forward by the number of tokens fed: straight lines through medians per size.
+
+    Not one line: a product with few rows costs more per row than a large one, and a GPU's cost is flat
+    first and steep later. A size counts by how near it is to the one asked for.
+    """
 
     _samples: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_MEMORY))
 
@@ -84,22 +89,40 @@ class LinearCost:
     def add(self, num_tokens: int, seconds: float) -> None:
         self._samples.append((num_tokens, seconds))
 
-    def line(self) -> tuple[float, float]:
-        """(seconds at no tokens, seconds per token): least squares, neither of them negative."""
+    def medians(self) -> dict[int, float]:
+        """Median seconds by size."""
         by_size: dict[int, list[float]] = {}
-        for size, duration in self._samples:
-            by_size.setdefault(size, []).append(duration)
-        sizes = list(by_size)
-        seconds = [statistics.median(durations) for durations in by_size.values()]
-        mean_size, mean_seconds = statistics.fmean(sizes), statistics.fmean(seconds)
-        spread = sum((size - mean_size) ** 2 for size in sizes)
-        slope = 0.0
-        if spread:
-            pairs = zip(sizes, seconds, strict=True)
-            slope = sum((size - mean_size) * (s - mean_seconds) for size, s in pairs) / spread
-        # More tokens are never cheaper, and no tokens never cost less than nothing.
-        slope = min(max(slope, 0.0), mean_seconds / mean_size)
-        return mean_seconds - slope * mean_size, slope
+        for size, seconds in self._samples:
+            by_size.setdefault(size, []).append(seconds)
+        return {size: statistics.median(durations) for size, durations in by_size.items()}
+
+
+def local_line(medians: Mapping[int, float], near: int) -> tuple[float, float]:
+    """(seconds at no tokens, seconds per token): least squares, neither of them negative.
+
+    Args:
+        medians: seconds by size.
+        near: a size s counts with weight (min(s, near) / max(s, near))^2.
+    """
+    weights = [(min(size, near) / max(size, near)) ** 2 for size in medians]
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+
+    mean_size, mean_seconds = mean(medians), mean(medians.values())
+    spread = mean((size - mean_size) ** 2 for size in medians)
+    slope = 0.0
+    if spread:
+        products = ((s - mean_size) * (t - mean_seconds) for s, t in medians.items())
+        slope = mean(products) / spread
+    # More tokens are never cheaper, and no tokens never cost less than nothing.
+    slope = min(max(slope, 0.0), mean_seconds / mean_size)
+    return mean_seconds - slope * mean_size, slope
+
+
+def _seconds(medians: Mapping[int, float], num_tokens: int) -> float:
+    constant, slope = local_line(medians, num_tokens)
+    return constant + slope * num_tokens
 
 
 class AdaptiveDraftLength:
@@ -107,7 +130,7 @@ class AdaptiveDraftLength:
 
     def __init__(self, max_draft_tokens: int = MAX_DRAFT_TOKENS) -> None:
         self._max = max_draft_tokens
-        self._student, self._teacher = LinearCost(), LinearCost()
+        self._student, self._teacher = MeasuredCost(), MeasuredCost()
         self._accepted, self._verified = _PRIOR_ACCEPTED, _PRIOR_VERIFIED
         self._rounds = 0
 
@@ -120,12 +143,11 @@ class AdaptiveDraftLength:
         most = min(self._max, longest_remaining)
         if self._rounds < len(_TRIALS) or self._teacher.num_sizes == 1:
             return min(_TRIALS[self._rounds % len(_TRIALS)], most)
-        student, student_slope = self._student.line()
-        teacher, teacher_slope = self._teacher.line()
-        step = student + student_slope * num_rows
+        student, teacher = self._student.medians(), self._teacher.medians()
+        step = _seconds(student, num_rows)
 
         def seconds_per_token(num_draft: int) -> float:
-            verification = teacher + teacher_slope * num_rows * num_draft
+            verification = _seconds(teacher, num_rows * num_draft)
             expected = expected_tokens(self.acceptance_rate, num_draft)
             return (num_draft * step + verification) / expected
 

@@ -26,6 +26,9 @@ SHORTLIST = 128
 # Relative error allowed to a sum of float32 weights over the vocabulary.
 _TOTAL_TOLERANCE = 1e-5
 
+# exp of this is nothing beside 1, and still a normal number: a CPU is slow with denormal ones.
+_NEGLIGIBLE = -80.0
+
 
 class NonFiniteLogitsError(RuntimeError):
     """Logits from which nothing can be sampled, and whose they are."""
@@ -179,8 +182,10 @@ def _total_weight(logits: Tensor, top: Tensor, temperature: float, exact: bool) 
     by 2^-24 of up to ln V in the terms that matter, far inside `_TOTAL_TOLERANCE`.
     """
     precise = exact or logits.dtype == torch.float64
-    weights = (logits.double() if precise else logits.float()) - top
-    return weights.div_(temperature).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64)
+    weights = ((logits.double() if precise else logits.float()) - top).div_(temperature)
+    if not precise:
+        weights.clamp_(min=_NEGLIGIBLE)
+    return weights.exp_().sum(dim=-1, keepdim=True, dtype=torch.float64)
 
 
 def _descending(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:

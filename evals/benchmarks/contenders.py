@@ -21,7 +21,7 @@ from on_policy import generate, teacher_states
 from work import PUBLISHED_DRAFT, Draft, Work
 
 from axolotl_skd.rollout.engine import RolloutEngine
-from axolotl_skd.rollout.types import Prompts
+from axolotl_skd.rollout.types import AUTO, Prompts
 
 
 def naive(work: Work, rate: float | None) -> Cell:
@@ -95,7 +95,7 @@ def ours(
 ) -> Cell:
     """The engine: on all rows at once, or on `batch_size` in flight (`refill`) or in turn.
 
-    What `auto` learns in a run it keeps for the next, as in training.
+    What `auto` learns in a run it keeps for the next, as in training; it has an untimed run before.
     """
     params = work.params(draft)
 
@@ -122,10 +122,16 @@ def ours(
             "rounds": [[*kind, count] for kind, count in sorted(rounds.items())],
         }
 
+    @cache
+    def warm_up() -> None:
+        if draft == AUTO:
+            run()
+
     how = (
         "" if batch_size is None else f", {batch_size} rows, " + ("refill" if refill else "in turn")
     )
-    return work.cell(f"ours G = {draft}{how}", run, rate, repeats, draft=draft)
+    cell = work.cell(f"ours G = {draft}{how}", run, rate, repeats, draft=draft)
+    return replace(cell, prepare=warm_up)
 
 
 def _batches(prompts: Prompts, size: int | None) -> Iterator[Prompts]:

@@ -105,7 +105,10 @@ class Contenders:
         return self.cell("ours on_policy_kd", build, repeats)
 
     def build(self, method: str, rate: float | None, draft: Draft) -> OurStep:
-        return self._stack.enter_context(our_step(self._step, method, rate, draft))
+        step = self._stack.enter_context(our_step(self._step, method, rate, draft))
+        if draft == AUTO:
+            step.rollout()  # as in training, where the engine has seen steps before
+        return step
 
 
 def make_step(pair: Pair, num_rows: int, max_new: int) -> StepWork:

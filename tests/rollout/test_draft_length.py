@@ -16,9 +16,10 @@ from axolotl_skd.rollout.draft_length import (
     AdaptiveDraftLength,
     DraftLength,
     FixedDraftLength,
-    LinearCost,
+    MeasuredCost,
     RoundReport,
     expected_tokens,
+    local_line,
 )
 
 FAR = 10_000  # tokens to go, more than any draft
@@ -41,11 +42,11 @@ def test_expected_tokens_in_the_limits(num_draft_tokens: int) -> None:
     assert expected_tokens(1.0, num_draft_tokens) == num_draft_tokens
 
 
-# --- LinearCost -------------------------------------------------------------------------------
+# --- costs ------------------------------------------------------------------------------------
 
 
-def cost_of(samples: dict[int, list[float]]) -> LinearCost:
-    cost = LinearCost()
+def cost_of(samples: dict[int, list[float]]) -> MeasuredCost:
+    cost = MeasuredCost()
     for size, durations in samples.items():
         for seconds in durations:
             cost.add(size, seconds)
@@ -54,7 +55,8 @@ def cost_of(samples: dict[int, list[float]]) -> LinearCost:
 
 def test_a_line_is_recovered() -> None:
     cost = cost_of({size: [0.3 + 0.02 * size] for size in (8, 16, 40, 100)})
-    assert cost.line() == pytest.approx((0.3, 0.02))
+    for near in (1, 8, 30, 1000):
+        assert local_line(cost.medians(), near) == pytest.approx((0.3, 0.02))
 
 
 def test_outliers_do_not_move_the_line() -> None:
@@ -62,7 +64,7 @@ def test_outliers_do_not_move_the_line() -> None:
     cost = cost_of(
         {s: [10.0 * s, 0.3 + 0.02 * s, 0.0, 0.3 + 0.02 * s, 0.3 + 0.02 * s] for s in (4, 8, 20)}
     )
-    assert cost.line() == pytest.approx((0.3, 0.02))
+    assert local_line(cost.medians(), 8) == pytest.approx((0.3, 0.02))
 
 
 def test_what_was_long_ago_is_forgotten() -> None:
@@ -70,7 +72,7 @@ def test_what_was_long_ago_is_forgotten() -> None:
     for _ in range(50):
         for size in (4, 8, 20):
             cost.add(size, 0.3 + 0.02 * size)
-    assert cost.line() == pytest.approx((0.3, 0.02))
+    assert local_line(cost.medians(), 8) == pytest.approx((0.3, 0.02))
 
 
 @pytest.mark.parametrize(
@@ -84,15 +86,29 @@ def test_what_was_long_ago_is_forgotten() -> None:
 def test_neither_slope_nor_intercept_is_negative(seconds: dict[int, float]) -> None:
     """And where one is held at zero, the line still passes through the mean."""
     cost = cost_of({size: [value] for size, value in seconds.items()})
-    intercept, slope = cost.line()
+    intercept, slope = local_line(cost.medians(), 5)
     assert slope >= 0 and intercept >= -1e-12
-    mean_size = sum(seconds) / len(seconds)
-    mean_seconds = sum(seconds.values()) / len(seconds)
+    weights = {size: (min(size, 5) / max(size, 5)) ** 2 for size in seconds}
+    mean_size = sum(w * size for size, w in weights.items()) / sum(weights.values())
+    mean_seconds = sum(w * seconds[size] for size, w in weights.items()) / sum(weights.values())
     assert intercept + slope * mean_size == pytest.approx(mean_seconds)
 
 
+def test_near_sizes_count_more_than_far_ones() -> None:
+    """A CPU's teacher: 48, 83, 106, 228 ms for 1, 2, 8, 40 tokens. One line would give 66 for one."""
+    medians = {1: 47.5, 2: 83.0, 8: 106.0, 40: 228.0}
+
+    def at(size: int) -> float:
+        intercept, slope = local_line(medians, size)
+        return intercept + slope * size
+
+    assert at(1) == pytest.approx(47.5, rel=0.25)
+    assert at(8) == pytest.approx(106.0, rel=0.1)
+    assert at(40) == pytest.approx(228.0, rel=0.02)
+
+
 def test_one_size_alone_is_a_constant() -> None:
-    assert cost_of({24: [0.5, 0.7, 0.6]}).line() == pytest.approx((0.6, 0.0))
+    assert local_line(cost_of({24: [0.5, 0.7, 0.6]}).medians(), 5) == pytest.approx((0.6, 0.0))
 
 
 # --- FixedDraftLength -------------------------------------------------------------------------
