@@ -1,4 +1,4 @@
-"""On a CUDA device: graphs change no token, a round waits once, memory is as predicted. Else skipped."""
+"""On a CUDA device: graphs change no token, a round waits once, memory is as predicted."""
 
 from __future__ import annotations
 
