@@ -37,38 +37,28 @@ def extract_boxed(text: str) -> str | None:
         The content without surrounding white space, e.g. `r"\frac{1}{2}"`; None where there is no
         closed box or the last one is empty.
     """
-    content = _last_box(text)
-    while content is not None and (inner := _only_box(content)) is not None:
-        content = inner
-    return content or None
-
-
-def _last_box(text: str) -> str | None:
-    """The content of the closed box that ends last, the outermost one of those nested there."""
-    open_braces: list[int | None] = []  # where a box's content starts; None for any other brace
-    found: tuple[int, int] | None = None
+    open_braces: list[tuple[int, int] | None] = []  # of a box: where it and its content start
+    content: slice | None = None
+    box: slice | None = None  # around that content, and the boxes that hold nothing else
     for token in _BOX_TOKEN.finditer(text):
         if token[0] == "}":
-            start = open_braces.pop() if open_braces else None
-            if start is not None:
-                found = start, token.start()
+            opening = open_braces.pop() if open_braces else None
+            if opening is None:
+                continue
+            start, inside = opening
+            alone = (
+                box is not None
+                and start < box.start
+                and _is_blank(text[inside : box.start], text[box.stop : token.start()])
+            )
+            content = content if alone else slice(inside, token.start())
+            box = slice(start, token.end())
+        elif token[0] == "{":
+            open_braces.append(None)
         elif token[0].endswith("{") and token[0] != r"\{":
-            open_braces.append(token.end() if token[0] != "{" else None)
-    return None if found is None else text[found[0] : found[1]].strip()
+            open_braces.append((token.start(), token.end()))
+    return (text[content].strip() or None) if content else None
 
 
-def _only_box(content: str) -> str | None:
-    """The content of the box that `content` consists of; None if there is anything else in it."""
-    opening = re.match(r"\\(?:boxed|fbox)\s*\{", content)
-    if opening is None or not content.endswith("}"):
-        return None
-    inner = content[opening.end() : -1]
-    depth = 0
-    for token in _BOX_TOKEN.finditer(inner):
-        if token[0] == "}":
-            depth -= 1
-            if depth < 0:
-                return None
-        elif token[0].endswith("{") and token[0] != r"\{":
-            depth += 1
-    return inner.strip() if depth == 0 else None
+def _is_blank(*texts: str) -> bool:
+    return not any(text.strip() for text in texts)

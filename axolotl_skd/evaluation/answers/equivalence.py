@@ -45,10 +45,11 @@ _CLOCK = re.compile(r"[0-9]{1,2}:[0-5][0-9](?::[0-5][0-9])?")
 _CHOICE = re.compile(r"\(?([A-Za-z])[).]?")
 _CHOICE_WITH_TEXT = re.compile(r"\(([A-Z])\)\s*\S.*|([A-Z])[).:]\s+\S.*")
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z']{2,}")
-_FUNCTIONS = frozenset(
+_FUNCTION_NAMES = (
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt pi lcm gcd max min "
-    "mod det inf infinity cis".split()
+    "mod det inf infinity cis"
 )
+_FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _PRODUCT = re.compile(r"[abcxyz]{2,3}")
 _ALIASES = (
     (re.compile(r"(?:all )?real(?: number)?s|\\mathbb\s*\{?R\}?", re.I), r"(-\infty,\infty)"),
@@ -363,20 +364,20 @@ def _same_formula(gold: str, prediction: str) -> bool:
     gold_formula, formula = _parse(gold), _parse(prediction)
     if gold_formula is None or formula is None:
         return False
-    if _differ_in_case(_names(gold_formula), _names(formula)):
+    if _differ_in_case(_letters(gold), _letters(prediction)):
         return False
     if verify([gold_formula], [formula], float_rounding=12, timeout_seconds=None):
         return True
     return _close(gold, prediction, gold_formula, formula)
 
 
-def _names(formula: Any) -> set[str]:
-    return {symbol.name for symbol in formula.free_symbols}
+def _letters(text: str) -> set[str]:
+    return set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
 
 
 def _differ_in_case(one: set[str], other: set[str]) -> bool:
-    """Whether the names are the same but for upper and lower case, which math-verify ignores."""
-    return one != other and {name.lower() for name in one} == {name.lower() for name in other}
+    """Whether they are the same but for upper and lower case, which math-verify ignores."""
+    return one != other and {char.lower() for char in one} == {char.lower() for char in other}
 
 
 def _close(gold: str, prediction: str, gold_formula: Any, formula: Any) -> bool:

@@ -13,15 +13,13 @@ RELATIVE_TOLERANCE = Fraction(1, 10_000)
 _MAX_DIGITS = 1000
 _MAX_POWER_OF_TEN = 400
 
-_WORDS = {
-    word: value
-    for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen twenty".split()
-    )
-} | {
-    word: 10 * tens
-    for tens, word in enumerate("thirty forty fifty sixty seventy eighty ninety".split(), start=3)
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_WORDS = {word: value for value, word in enumerate(_SMALL.split())} | {
+    word: 10 * tens for tens, word in enumerate(_TENS.split(), start=2)
 }
 _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 

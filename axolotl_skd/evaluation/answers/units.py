@@ -63,17 +63,19 @@ _COMPOUND = {"mph": ("mile", "/", "hour"), "km/h": ("km", "/", "hour")}
 # A lone letter is a unit only after a space: `5 m`, while `5m` is a product.
 _LETTERS = frozenset("mghlsLCFJW")
 # Not units but part of the number, or what makes it another number.
-_NUMBER_WORDS = frozenset(
+_NUMBER_TEXT = (
     "hundred thousand million billion trillion dozen hundreds thousands millions billions half "
     "halves third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths "
     "ninth ninths tenth tenths hundredth hundredths thousandth thousandths factorial times plus "
-    "minus negative mod sin cos tan cot sec csc log ln exp sqrt pi cis infinity inf max gcd lcm".split()
+    "minus negative mod sin cos tan cot sec csc log ln exp sqrt pi cis infinity inf max gcd lcm"
 )
+_NUMBER_WORDS = frozenset(_NUMBER_TEXT.split())
 # Words that show a sentence, where the number at its head is not the answer.
-_SENTENCE_WORDS = frozenset(
+_SENTENCE_TEXT = (
     "or and not than least most below above under over less until if when where for is are was "
-    "through between none no only except about each-other because but unless".split()
+    "through between none no only except about because but unless"
 )
+_SENTENCE_WORDS = frozenset(_SENTENCE_TEXT.split())
 _MARKS = re.compile(r"\s*(?:[%¢€£¥₹°]|(?<=[\d)}])\s*\$)$")
 _WORD = re.compile(
     r"(?P<gap>^|[\s/(-]|(?<=[\d)}%°]))(?P<word>[A-Za-z](?:[A-Za-z'-]*[A-Za-z]|(?:\.[A-Za-z])+)?)"
