@@ -21,6 +21,7 @@ from tests.evaluation.comet_tiny import SAMPLES, VARIANTS, build_checkpoint, bui
 GOLDEN = json.loads(
     Path(__file__).with_name("comet_golden.json").read_text(encoding="utf-8"),
 )["scores"]
+PACKAGE_PYTHON = os.environ.get("SKD_COMET_PYTHON")
 TOLERANCE = 1e-3  # in hundredths; float32 leaves about 1e-4 on the CPU
 
 CUDA = pytest.param(
@@ -116,7 +117,7 @@ def test_sparsemax_is_the_nearest_point_of_the_simplex(size: int) -> None:
         torch.testing.assert_close(sparsemax(scores), nearest)
 
 
-@pytest.mark.skipif("SKD_COMET_PYTHON" not in os.environ, reason="needs unbabel-comet's Python")
+@pytest.mark.skipif(not PACKAGE_PYTHON, reason="SKD_COMET_PYTHON names no unbabel-comet")
 @pytest.mark.parametrize("variant", ["published", "softmax"])
 def test_the_package_itself(checkpoints: dict[str, Path], variant: str) -> None:
     scores = comet_scores(
@@ -124,7 +125,7 @@ def test_the_package_itself(checkpoints: dict[str, Path], variant: str) -> None:
         TRANSLATIONS,
         REFERENCES,
         checkpoint=checkpoints[variant],
-        python=os.environ["SKD_COMET_PYTHON"],
+        python=PACKAGE_PYTHON,
         device="cpu",
     )
     assert scores == pytest.approx([100 * score for score in GOLDEN[variant]], abs=TOLERANCE)

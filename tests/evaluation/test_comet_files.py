@@ -23,9 +23,7 @@ from tests.evaluation.comet_tiny import build_checkpoint, build_encoder
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty Hugging Face cache, and none of our variables."""
-    for name in ("CHECKPOINT", "ENCODER", "PYTHON"):
-        monkeypatch.delenv(f"SKD_COMET_{name}", raising=False)
+    """An empty Hugging Face cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

@@ -38,12 +38,6 @@ class cuda:
 """
 
 
-@pytest.fixture(autouse=True)
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CHECKPOINT", "ENCODER", "PYTHON"):
-        monkeypatch.delenv(f"SKD_COMET_{name}", raising=False)
-
-
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "checkpoint"
