@@ -12,6 +12,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer
 
 from axolotl_skd.evaluation.comet import (
     CometCheckpointError,
@@ -219,6 +220,28 @@ def test_an_encoder_of_another_type(checkpoint: Path, encoder: Path) -> None:
     (encoder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
     with pytest.raises(CometCheckpointError, match="type 'bert'; needed is xlm-roberta"):
         score(checkpoint=checkpoint)
+
+
+def test_a_tokenizer_of_another_encoder(checkpoint: Path, encoder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(encoder / "tokenizer.json"))
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save(str(encoder / "tokenizer.json"))
+    with pytest.raises(CometCheckpointError, match="do not belong together"):
+        score(checkpoint=checkpoint)
+
+
+def test_hyper_parameters_that_are_no_mapping(checkpoint: Path) -> None:
+    change_checkpoint(checkpoint, lambda contents: contents.update(hyper_parameters=["pool"]))
+    with pytest.raises(CometCheckpointError, match="hyper_parameters is no mapping"):
+        score(checkpoint=checkpoint)
+
+
+def test_devices(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="device is 'gpu'; needed is auto, cpu, cuda"):
+        score(checkpoint=checkpoint, device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="'cuda:1', but torch finds no CUDA device"):
+            score(checkpoint=checkpoint, device="cuda:1")
 
 
 def test_arguments() -> None:

@@ -13,7 +13,10 @@ import pytest
 from axolotl_skd.evaluation.comet import CometUnavailableError, comet_scores
 
 COMET = """
-import json, os, sys
+import importlib.util, json, os, sys
+
+if importlib.util.find_spec("estimator"):
+    sys.exit("modules of this package are in the way")
 
 class Model:
     def predict(self, samples, batch_size, gpus, devices, progress_bar):

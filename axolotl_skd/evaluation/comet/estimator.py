@@ -60,7 +60,13 @@ def load_estimator(files: CheckpointFiles, encoder: str | None = None) -> CometE
             f"{encoder_files.config} describes a model of type {config.model_type!r}; needed is "
             "xlm-roberta"
         )
-    estimator = CometEstimator(hparams, config, Tokenizer.from_file(str(encoder_files.tokenizer)))
+    tokenizer = Tokenizer.from_file(str(encoder_files.tokenizer))
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise CometCheckpointError(
+            f"{encoder_files.tokenizer} has {tokenizer.get_vocab_size()} tokens, but the encoder "
+            f"{config.vocab_size}: they do not belong together"
+        )
+    estimator = CometEstimator(hparams, config, tokenizer)
     try:
         estimator.load_state_dict(_scoring_weights(checkpoint["state_dict"]))
     except RuntimeError as error:
@@ -87,6 +93,8 @@ def _load_plain(files: CheckpointFiles) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise CometCheckpointError(f"{files.weights} is no Lightning checkpoint: no state_dict")
+    if not isinstance(checkpoint.get("hyper_parameters", {}), dict):
+        raise CometCheckpointError(f"{files.weights}: hyper_parameters is no mapping")
     return checkpoint
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from axolotl_skd.evaluation.comet.files import find_checkpoint
+
+LOG = logging.getLogger(__name__)
 
 CHECKPOINT_VARIABLE = "SKD_COMET_CHECKPOINT"
 ENCODER_VARIABLE = "SKD_COMET_ENCODER"
@@ -26,9 +30,9 @@ def comet_scores(
 ) -> list[float]:
     """COMET x 100 of each translation, in the order given.
 
-    In float32, as unbabel-comet's Python interface; its command `comet-score` rounds the model to
-    float16 and so differs in the third decimal or so. Nothing is downloaded by the built-in
-    estimator.
+    In float32 like unbabel-comet's Python interface. Its command `comet-score` computes in float16
+    (version 2.2.7) and so prints slightly different numbers. The built-in estimator downloads
+    nothing.
 
     Args:
         sources: texts in the source language.
@@ -48,7 +52,8 @@ def comet_scores(
         CometUnavailableError: the checkpoint, the encoder's files or a working `python` is missing.
         CometCheckpointError: the checkpoint is of a kind that the built-in estimator does not know.
         TypeError: if one of the lists is one bare string.
-        ValueError: if the lists are not of one length, or `encoder` and `python` are both given.
+        ValueError: if the lists are not of one length, `encoder` and `python` are both given, or the
+            device is unknown or not there.
     """
     samples = {"sources": sources, "translations": translations, "references": references}
     for name, texts in samples.items():
@@ -59,6 +64,8 @@ def comet_scores(
         raise ValueError(f"COMET compares texts one by one, but got {counts}")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; needed is 1 or more")
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
+        raise ValueError(f"device is {device!r}; needed is auto, cpu, cuda or cuda:<number>")
     python = _option(python, PYTHON_VARIABLE)
     encoder = _option(encoder, ENCODER_VARIABLE)
     if python and encoder:
@@ -70,6 +77,7 @@ def comet_scores(
     files = find_checkpoint(_option(checkpoint, CHECKPOINT_VARIABLE))
     if not translations:
         return []
+    LOG.info("COMET scores %d translations by %s", len(translations), files.weights)
     if python:
         from axolotl_skd.evaluation.comet.package import score_with_package
 
@@ -79,18 +87,20 @@ def comet_scores(
     else:
         from axolotl_skd.evaluation.comet.estimator import load_estimator
 
-        estimator = load_estimator(files, encoder).to(resolve_device(device))
+        estimator = load_estimator(files, encoder).to(_resolve_device(device))
         scores = estimator.score(sources, translations, references, batch_size)
     return [100 * score for score in scores]
 
 
-def resolve_device(device: str) -> str:
+def _resolve_device(device: str) -> str:
     """`device`, or where it is `"auto"` the first GPU if there is one."""
-    if device != "auto":
-        return device
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch finds no CUDA device; use cpu or auto")
+    return device
 
 
 def _option(value: str | Path | None, variable: str) -> str | None:
