@@ -1,0 +1,102 @@
+"""What the task YAMLs do with a model's output: extract, score, and average over the rows.
+
+Every row yields all metrics of its task in the same order, None where one is not for it: lm-eval
+gathers metrics from several processes one by one and would mix them up otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+from axolotl_skd.evaluation.benchmarks import BREAKDOWNS
+from axolotl_skd.evaluation.chrf import corpus_chrf
+from axolotl_skd.evaluation.comet import CometUnavailableError, comet_scores
+from axolotl_skd.evaluation.data_sources import Row
+from axolotl_skd.evaluation.grading import grade
+from axolotl_skd.evaluation.rouge import rouge_scores
+
+LOG = logging.getLogger(__name__)
+
+# Source, translation and reference of one sentence.
+Translation = tuple[str, str, str]
+
+_KEPT = (
+    "The translations are not lost: run with --log_samples --output_path FOLDER and score them "
+    "later with `axolotl skd score comet`."
+)
+
+
+def extract_all(
+    extract: Callable[[str], str | None], responses: Sequence[Sequence[str]]
+) -> list[str | None]:
+    """The answer in the first response to each row; None = it has none.
+
+    As an lm-eval filter, so that `--log_samples` holds the extracted answers (`filtered_resps`).
+    """
+    return [extract(row[0]) for row in responses]
+
+
+def score_answer(row: Row, answer: str | None) -> dict[str, float | None]:
+    """Metrics of one extracted answer: `acc`, `has_answer` and the benchmark's breakdown.
+
+    Args:
+        row: of `load_benchmark`, with `answer`, `benchmark` and `breakdown`.
+        answer: what the model answered; None = nothing, which is wrong.
+    """
+    right = float(grade(row["answer"], answer))
+    return {
+        "acc": right,
+        "has_answer": float(answer is not None),
+        **{
+            metric: right if metric in row["breakdown"] else None
+            for metric in BREAKDOWNS[row["benchmark"]]
+        },
+    }
+
+
+def mean_of_known(values: Sequence[float | None]) -> float:
+    """The mean of the rows that a metric is for; NaN if there are none, e.g. under a limit."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
+
+
+def score_summary(row: Row, summary: str) -> dict[str, float]:
+    """ROUGE-1, -2 and -L F1 x 100 of one summary, each the mean over the row's `summaries`."""
+    return rouge_scores(summary.strip(), row["summaries"])
+
+
+def score_translation(row: Row, translation: str) -> dict[str, Translation]:
+    """What the corpus metrics `chrf` and `comet` need of one row."""
+    triple = row["source"], translation.strip(), row["reference"]
+    return {"chrf": triple, "comet": triple}
+
+
+def mean_chrf(triples: Sequence[Translation]) -> float:
+    """chrF of the whole corpus, in [0, 100]."""
+    return corpus_chrf([item[1] for item in triples], [[item[2]] for item in triples])
+
+
+def mean_comet(triples: Sequence[Translation]) -> float:
+    """Mean COMET x 100; NaN, with the reason as an error in the log, if it cannot be computed.
+
+    It comes after all sentences are translated, when nothing may throw the work away.
+    """
+    try:
+        scores = comet_scores(*(list(column) for column in zip(*triples, strict=True)))
+    except CometUnavailableError as error:
+        LOG.error("COMET is NaN: %s\n%s", error, _KEPT)
+    except Exception:
+        LOG.exception("COMET is NaN, because it failed. %s", _KEPT)
+    else:
+        return sum(scores) / len(scores)
+    return math.nan
+
+
+def warn_without_comet() -> None:
+    """Say before the first sentence is translated that COMET will be missing, if so."""
+    try:
+        comet_scores([], [], [])
+    except CometUnavailableError as error:
+        LOG.warning("COMET will be NaN (chrF is computed): %s", error)
