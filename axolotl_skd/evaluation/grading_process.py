@@ -1,9 +1,12 @@
 """A process of its own for grading, which a hostile answer may hang or crash without harm.
 
 The parent (`GradingProcess`) writes one JSON line per pair of answers to the child's standard input
-and reads one back. The child has the kernel kill it when a pair takes too long, which works in any
-thread of the parent, inside C code, and with math-verify, whose own time-outs do not. It is a fresh
-interpreter, no fork: it holds no model, and starts the same from a script, a notebook or lm-eval.
+and reads one back. The child is a fresh interpreter, no fork: it holds no model, and starts the same
+from a script, a notebook or lm-eval. Once it has loaded all libraries it forks the worker that does
+the grading, and whenever the worker dies another one, within milliseconds.
+
+The worker has the kernel kill it when a pair takes too long. That works in any thread of the parent,
+inside C code, and with math-verify, whose own time-outs do not.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ SECONDS_PER_PAIR = 2.0
 _SECONDS_TO_START = 120
 _MEMORY_BYTES = 4 * 2**30
 _READY = "ready\n"
+_NO_VERDICT = "null\n"
 # The parent's import path, as multiprocessing's spawn would hand it over.
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from axolotl_skd.evaluation.grading_process import serve; serve()"
+    "from axolotl_skd.evaluation.grading_process import serve; serve(float(sys.argv[2]))"
 )
 
 
@@ -33,12 +37,16 @@ class GradingUnavailableError(RuntimeError):
 
 
 class GradingProcess:
-    """One persistent child that grades pairs; started at the first one, and again after a hang.
+    """One persistent child that grades pairs, started at the first one.
 
     Safe to share between threads. A forked process starts a child of its own.
+
+    Args:
+        seconds: what one pair may take.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = SECONDS_PER_PAIR) -> None:
+        self._seconds = seconds
         self._lock = threading.Lock()
         self._child: subprocess.Popen[str] | None = None
 
@@ -66,28 +74,30 @@ class GradingProcess:
     def _started(self) -> subprocess.Popen[str]:
         if self._child is None or self._child.poll() is not None:
             self._stop()
-            self._child = _start()
+            self._child = _start(self._seconds)
         return self._child
 
     def _stop(self) -> None:
         child, self._child = self._child, None
         if child is None:
             return
+        with contextlib.suppress(OSError):
+            child.stdin.close()  # ends the worker, and with it the child
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=1)
         child.kill()
         child.wait()
-        for pipe in (child.stdin, child.stdout):
-            with contextlib.suppress(OSError):
-                pipe.close()
+        child.stdout.close()
 
 
-def _start() -> subprocess.Popen[str]:
+def _start(seconds: float) -> subprocess.Popen[str]:
     if importlib.util.find_spec("math_verify") is None:
         raise GradingUnavailableError(
             "grading answers needs math-verify, which is not installed: pip install "
             "'axolotl-skd[eval]', or 'math-verify[antlr4_13_2]>=0.9'"
         )
     child = subprocess.Popen(
-        [sys.executable, "-c", _CHILD, json.dumps(sys.path)],
+        [sys.executable, "-c", _CHILD, json.dumps(sys.path), str(seconds)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
@@ -117,8 +127,8 @@ def _ask(child: subprocess.Popen[str], gold: str, prediction: str) -> str | None
     return line if line.endswith("\n") else None
 
 
-def serve() -> None:
-    """The child: answer pairs from standard input until it is closed."""
+def serve(seconds: float) -> None:
+    """The child: answer pairs from standard input until it is closed; `seconds` for each."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
@@ -128,20 +138,24 @@ def serve() -> None:
     # What libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    import math_verify  # noqa: F401  so that the first pair does not pay for it
-
     from axolotl_skd.evaluation.answers.equivalence import equivalent
 
+    equivalent("x+1", "1+x")  # loads what a first pair would have to wait for
     signal.alarm(0)
     print(_READY, end="", file=answers, flush=True)
+    while (worker := os.fork()) and os.waitpid(worker, 0)[1] != 0:
+        print(_NO_VERDICT, end="", file=answers, flush=True)
+    if worker:
+        return
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_PAIR)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
-            verdict: bool | None = equivalent(*json.loads(line))
+            verdict = json.dumps(equivalent(*json.loads(line))) + "\n"
         except Exception:  # whatever sympy raises on nonsense, RecursionError among it
-            verdict = None
+            verdict = _NO_VERDICT
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(verdict), file=answers, flush=True)
+        print(verdict, end="", file=answers, flush=True)
+    os._exit(0)
 
 
 def _limit_memory() -> None:

@@ -1,4 +1,4 @@
-"""The names of the bundled lm-eval tasks and groups, read from their YAML files without importing lm_eval."""
+"""The names of the bundled lm-eval tasks and groups, read from their YAML files, without lm_eval."""
 
 from __future__ import annotations
 
