@@ -136,8 +136,8 @@ def _level(level: str | int) -> list[str]:
 def _boxed_reference(solution: str) -> str:
     r"""The answer of a reference solution; a few have it in a `\boxed 5` without braces."""
     boxed = extract_boxed(solution)
-    if boxed is None and (unbraced := re.findall(r"\\f?boxed\s*([^\s{$]+)", solution)):
-        boxed = unbraced[-1].rstrip(".,")
+    if boxed is None and (unbraced := re.findall(r"\\(?:boxed|fbox)\s*([^\s{$][^$]*)", solution)):
+        boxed = unbraced[-1].rstrip("., ")
     if boxed is None:
         raise ValueError(f"the reference solution has no boxed answer: {solution[-200:]!r}")
     return boxed
