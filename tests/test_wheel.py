@@ -65,5 +65,5 @@ print(axolotl_skd.SKDPlugin.__module__)
     package = target / "axolotl_skd"
     lines = [line for line in child.stdout.splitlines() if line.strip()]
     assert f"{package / 'evals'} {package / 'example_configs'} skd_tiny_arithmetic" in lines
-    assert "axolotl.cli_commands ['keys', 'path', 'to-chat']" in lines
+    assert "axolotl.cli_commands ['keys', 'path', 'score', 'to-chat']" in lines
     assert "axolotl_skd.plugin" in lines
