@@ -42,8 +42,10 @@ _BASES = {
 }  # fmt: skip
 _RATIO = re.compile(r"(?P<first>[^:]+):(?P<second>[^:]+)")
 _CLOCK = re.compile(r"[0-9]{1,2}:[0-5][0-9](?::[0-5][0-9])?")
-_CHOICE = re.compile(r"\(?([A-Za-z])[).]?")
-_CHOICE_WITH_TEXT = re.compile(r"\(([A-Z])\)\s*\S.*|([A-Z])[).:]\s+\S.*")
+_CHOICE = re.compile(r"\(?([A-Ha-h])[).]?")
+_CHOICE_WITH_TEXT = re.compile(
+    r"(?:\(([A-H])\)|([A-H])[).:])\s+(?!.*(?<![A-Za-z])[A-H](?![A-Za-z]))\S.*"
+)
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z']{2,}")
 _FUNCTION_NAMES = (
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt pi lcm gcd max min "
@@ -342,7 +344,7 @@ def _proportional(gold: str, prediction: str, relation: str) -> float | None:
 
     differences = []
     for text in (gold, prediction):
-        sides = re.split(re.escape(relation) + r"(?![A-Za-z])", text)
+        sides = text.split(relation)
         if len(sides) != 2:
             return None
         left, right = map(_parse, sides)

@@ -61,15 +61,16 @@ def split(text: str) -> Parts | None:
     union = _split_top(text, re.compile(r"\s*\\cup(?![a-z])\s*"))
     if len(union) > 1:
         return Parts(UNION, tuple(union))
-    if plus_minus := _both_signs(text):
-        return Parts(LIST, plus_minus)
-    if enclosed := _brackets(text):
+    enclosed = _brackets(text)
+    if enclosed and enclosed[0] != SET and (signs := _both_signs(text)):
+        return Parts(LIST, signs)
+    if enclosed:
         kind, inside = enclosed
         items = _items(inside, thousands=", " in inside)
-        if kind == SET or len(items) > 1:
-            return Parts(kind, items)
-        return None
-    items = _items(text, thousands=True)
+        if kind == SET:
+            return Parts(kind, _with_both_signs(items))
+        return Parts(kind, items) if len(items) > 1 else None
+    items = _with_both_signs(_items(text, thousands=True))
     return Parts(LIST, items) if len(items) > 1 else None
 
 
@@ -121,15 +122,19 @@ def _matrix(environment: str, body: str) -> Parts:
     return Parts(f"{name} {shape}", tuple(cell for row in cells for cell in row))
 
 
-def _both_signs(text: str) -> tuple[str, ...] | None:
+def _with_both_signs(items: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(each for item in items for each in _both_signs(item) or (item,))
+
+
+def _both_signs(text: str) -> tuple[str, str] | None:
+    r"""`1 \pm x` as `1 + x` and `1 - x`; `\mp` has the other sign of `\pm`."""
     if not re.search(r"\\(?:pm|mp)(?![a-z])", text):
         return None
     plus, minus = (
         re.sub(r"\\pm(?![a-z])", first, re.sub(r"\\mp(?![a-z])", second, text))
         for first, second in (("+", "-"), ("-", "+"))
     )
-    items = *_items(plus, thousands=True), *_items(minus, thousands=True)
-    return tuple(dict.fromkeys(items))
+    return plus, minus
 
 
 def _brackets(text: str) -> tuple[str, str] | None:

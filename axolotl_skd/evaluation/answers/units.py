@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from axolotl_skd.evaluation.answers.numbers import read_number
+
 PERCENT = "%"
 
 # Known units, the first spelling of each line its name. A unit that is not listed is a noun.
@@ -73,9 +75,12 @@ _NUMBER_WORDS = frozenset(_NUMBER_TEXT.split())
 # Words that show a sentence, where the number at its head is not the answer.
 _SENTENCE_TEXT = (
     "or and not than least most below above under over less until if when where for is are was "
-    "through between none no only except about because but unless"
+    "through between none no only except about because but unless "
+    "january february march april may june july august september october november december"
 )
 _SENTENCE_WORDS = frozenset(_SENTENCE_TEXT.split())
+# Words of a unit that say nothing about it.
+_FILLERS = frozenset({"of", "an", "the", "old", "total", "each"})
 _MARKS = re.compile(r"\s*(?:[%¢€£¥₹°]|(?<=[\d)}])\s*\$)$")
 _WORD = re.compile(
     r"(?P<gap>^|[\s/(-]|(?<=[\d)}%°]))(?P<word>[A-Za-z](?:[A-Za-z'-]*[A-Za-z]|(?:\.[A-Za-z])+)?)"
@@ -136,9 +141,11 @@ def split_unit(text: str) -> tuple[str, Unit]:
     """
     core, front = _split_prefix(text)
     core, words = _split_words(_PARENTHESES.sub(r" \g<inside>", core))
-    if words is None or not re.search(r"\d|\\", core):
+    if words is None or not (re.search(r"\d|\\", core) or read_number(core)):
         return text, Unit()
-    return core, _unit([*words, *front])
+    unit = _unit([*words, *front])
+    # `5 squared` is 25, and no unit of area.
+    return (text, Unit()) if unit.measures and unit.measures[0][0] in "^/" else (core, unit)
 
 
 def _split_prefix(text: str) -> tuple[str, list[str]]:
@@ -184,7 +191,7 @@ def _is_unit(word: str, match: re.Match[str], text: str, inside: bool) -> bool:
     if len(word) == 1:
         spaced = bool(match["gap"]) or text[: match.start()].endswith("°")
         return word in _LETTERS and spaced and (word not in "CF" or "°" in text)
-    if lower in _NAMES:
+    if lower in _NAMES or lower in _FILLERS:
         # `in` and `am` are words of a sentence, too, but then what is before them is no number.
         return True
     return len(word) > 2 and bool(match["gap"]) and not _VARIABLES.fullmatch(word)
@@ -198,7 +205,7 @@ def _unit(words: list[str]) -> Unit:
         name = _NAMES.get(lower, word if word in {"^2", "^3", "/"} else None)
         if name is not None:
             measures.extend(_COMPOUND.get(name, (name,)))
-        elif lower not in {"of", "a", "an", "the", "old", "in", "total", "each"}:
+        elif lower not in _FILLERS:
             nouns.add(_singular(lower))
     return Unit(_ordered(measures), frozenset(nouns))
 
