@@ -30,7 +30,7 @@ def grade(gold: str, prediction: str | None) -> bool:
     Understood are LaTeX, plain and Unicode notation, units, currencies, percent, thousands
     separators, mixed numbers, sets, tuples, intervals, matrices, equations, words and multiple
     choice; formulas are compared by math-verify. A unit counts where both name one; decimals may be
-    off by 1e-4 of the gold answer. The gold answer `None` (an unanswerable question) is matched by
+    off by a relative 1e-4. The gold answer `None` (an unanswerable question) is matched by
     a literal None alone.
 
     Hostile text is safe: nothing in it is executed, and what takes longer than

@@ -2,13 +2,13 @@ r"""The exact value of a written number: `1,250.50`, `7 3/4`, `-\frac{1}{3}`, `1
 
 from __future__ import annotations
 
-import math
+import cmath
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
 # The paper's relative tolerance, for answers written as decimals.
-RELATIVE_TOLERANCE = Fraction(1, 10_000)
+RELATIVE_TOLERANCE = 1e-4
 # Python reads at most 4,300 digits as an int; nobody answers with more than a few hundred.
 _MAX_DIGITS = 1000
 _MAX_POWER_OF_TEN = 400
@@ -57,7 +57,7 @@ class Value:
     is_decimal: bool
 
     def matches(self, other: Value) -> bool:
-        """Equal, or within `RELATIVE_TOLERANCE` of this one where either may be rounded.
+        """Equal, or within `RELATIVE_TOLERANCE` where either may be rounded.
 
         Two integers are never merely close: 1000001 is not 1000000.
         """
@@ -66,7 +66,10 @@ class Value:
         integers = self.exact.denominator == other.exact.denominator == 1
         if integers or not (self.is_decimal or other.is_decimal):
             return False
-        return abs(self.exact - other.exact) <= RELATIVE_TOLERANCE * abs(self.exact)
+        try:
+            return close_to(float(self.exact), float(other.exact))
+        except OverflowError:
+            return False
 
     def percent(self) -> Value:
         """A hundredth of it."""
@@ -165,8 +168,6 @@ def _in_words(text: str) -> Value | None:
     return Value(Fraction(_WORDS[tens] + _WORDS.get(ones, 0)), False)
 
 
-def close_to(gold: complex, prediction: complex) -> bool:
-    """Whether two finite numbers agree within `RELATIVE_TOLERANCE` of the first."""
-    if not all(map(math.isfinite, (gold.real, gold.imag, prediction.real, prediction.imag))):
-        return False
-    return abs(gold - prediction) <= float(RELATIVE_TOLERANCE) * abs(gold)
+def close_to(one: complex, other: complex) -> bool:
+    """Whether two numbers agree within `RELATIVE_TOLERANCE` of the larger; no infinity does."""
+    return cmath.isfinite(one) and cmath.isclose(one, other, rel_tol=RELATIVE_TOLERANCE)
