@@ -267,11 +267,7 @@ def _gsm_plus_source(split: str) -> DataSource:
     return DataSource(
         repo="qintongli/GSM-Plus",
         splits=(split,),
-        files=(
-            (f"gsm_plus/{split}.jsonl",),
-            (f"gsm_plus/gsmplus_{split}.jsonl",),
-            (f"gsm_plus/data/{split}-*.parquet",),
-        ),
+        files=((f"gsm_plus/{split}.jsonl",), (f"gsm_plus/data/{split}-*.jsonl",)),
     )
 
 
@@ -316,11 +312,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             DataSource(
                 repo="EleutherAI/asdiv",
                 splits=("validation",),
-                files=(
-                    ("asdiv/ASDiv.xml",),
-                    ("asdiv/asdiv/validation-*.parquet",),
-                    ("asdiv/data/validation-*.parquet",),
-                ),
+                files=(("asdiv/ASDiv.xml",), ("asdiv/asdiv/validation-*.parquet",)),
             ),
         ),
     ),
@@ -333,7 +325,6 @@ BENCHMARKS: dict[str, Benchmark] = {
                 splits=("train", "test"),
                 files=(
                     ("svamp/SVAMP.json",),
-                    ("svamp/train.json", "svamp/test.json"),
                     ("svamp/data/train-*.parquet", "svamp/data/test-*.parquet"),
                 ),
             ),

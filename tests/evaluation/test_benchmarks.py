@@ -28,8 +28,6 @@ from tests.evaluation.benchmark_files import (
     write_releases,
 )
 
-ASDIV_COLUMNS = ("body", "question", "solution_type", "answer")
-
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
@@ -66,8 +64,8 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_hub_layout(folder: Path) -> None:
     shard = "-00000-of-00001.parquet"
-    write_parquet(folder / "gsm_plus" / "data" / f"test{shard}", GSM_PLUS)
-    write_parquet(folder / "gsm_plus" / "data" / f"testmini{shard}", GSM_PLUS[:2])
+    write_jsonl(folder / "gsm_plus" / "data" / "test-00000-of-00001.jsonl", GSM_PLUS)
+    write_jsonl(folder / "gsm_plus" / "data" / "testmini-00000-of-00001.jsonl", GSM_PLUS[:2])
     for subject, row in MATH.items():
         write_parquet(folder / "math" / subject / f"test{shard}", [row])
         write_parquet(folder / "math" / subject / f"train{shard}", [row, row])
