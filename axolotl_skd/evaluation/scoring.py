@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from axolotl_skd.evaluation.benchmarks import BREAKDOWNS
 from axolotl_skd.evaluation.chrf import corpus_chrf
@@ -21,11 +23,6 @@ LOG = logging.getLogger(__name__)
 
 # Source, translation and reference of one sentence.
 Translation = tuple[str, str, str]
-
-_KEPT = (
-    "The translations are not lost: run with --log_samples --output_path FOLDER and score them "
-    "later with `axolotl skd score comet`."
-)
 
 
 def extract_all(
@@ -81,17 +78,30 @@ def mean_chrf(triples: Sequence[Translation]) -> float:
 def mean_comet(triples: Sequence[Translation]) -> float:
     """Mean COMET x 100; NaN, with the reason as an error in the log, if it cannot be computed.
 
-    It comes after all sentences are translated, when nothing may throw the work away.
+    It comes after all sentences are translated, when nothing may throw the work away: what could not
+    be scored is written to files, and the log says how to score them later.
     """
+    columns = [list(column) for column in zip(*triples, strict=True)]
     try:
-        scores = comet_scores(*(list(column) for column in zip(*triples, strict=True)))
+        scores = comet_scores(*columns)
     except CometUnavailableError as error:
-        LOG.error("COMET is NaN: %s\n%s", error, _KEPT)
+        LOG.error("COMET is NaN: %s\n%s", error, _kept_for_later(*columns))
     except Exception:
-        LOG.exception("COMET is NaN, because it failed. %s", _KEPT)
+        LOG.exception("COMET is NaN, because it failed. %s", _kept_for_later(*columns))
     else:
         return sum(scores) / len(scores)
     return math.nan
+
+
+def _kept_for_later(sources: list[str], translations: list[str], references: list[str]) -> str:
+    """Write the texts, one a line, to files of a new folder; how to score them."""
+    folder = Path(tempfile.mkdtemp(prefix="skd_comet_"))
+    named = {"translations": translations, "references": references, "sources": sources}
+    for name, texts in named.items():
+        lines = (" ".join(text.split()) + "\n" for text in texts)
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+    files = " ".join(str(folder / name) for name in named)
+    return f"Once that is mended: axolotl skd score --metric comet {files}"
 
 
 def warn_without_comet() -> None:
