@@ -27,25 +27,26 @@ Translation = tuple[str, str, str]
 
 def extract_all(
     extract: Callable[[str], str | None], responses: Sequence[Sequence[str]]
-) -> list[str | None]:
-    """The answer in the first response to each row; None = it has none.
+) -> list[str]:
+    """The answer in the first response to each row; empty = it has none.
 
     As an lm-eval filter, so that `--log_samples` holds the extracted answers (`filtered_resps`).
+    There a None would become the text "None", which is an answer in GSM-Plus.
     """
-    return [extract(row[0]) for row in responses]
+    return [extract(row[0]) or "" for row in responses]
 
 
-def score_answer(row: Row, answer: str | None) -> dict[str, float | None]:
+def score_answer(row: Row, answer: str) -> dict[str, float | None]:
     """Metrics of one extracted answer: `acc`, `has_answer` and the benchmark's breakdown.
 
     Args:
         row: of `load_benchmark`, with `answer`, `benchmark` and `breakdown`.
-        answer: what the model answered; None = nothing, which is wrong.
+        answer: what the model answered; empty = nothing, which is wrong.
     """
     right = float(grade(row["answer"], answer))
     return {
         "acc": right,
-        "has_answer": float(answer is not None),
+        "has_answer": float(bool(answer)),
         **{
             metric: right if metric in row["breakdown"] else None
             for metric in BREAKDOWNS[row["benchmark"]]

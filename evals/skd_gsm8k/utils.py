@@ -16,11 +16,11 @@ def load(**_: Any) -> dict[str, Dataset]:
     return {"test": Dataset.from_list(load_benchmark("gsm8k"))}
 
 
-def extract(responses: list[list[str]], _: Any) -> list[str | None]:
-    """The answers behind the first `####`."""
+def extract(responses: list[list[str]], _: Any) -> list[str]:
+    """The answers behind the first `####`; empty = none."""
     return scoring.extract_all(extract_hash, responses)
 
 
-def process_results(doc: dict[str, Any], results: list[str | None]) -> dict[str, float | None]:
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float | None]:
     """Metrics of one row's extracted answer."""
     return scoring.score_answer(doc, results[0])

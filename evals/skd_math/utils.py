@@ -19,11 +19,11 @@ def load(*, benchmark: str, **_: Any) -> dict[str, Dataset]:
     return {"test": Dataset.from_list(load_benchmark(benchmark))}
 
 
-def extract(responses: list[list[str]], _: Any) -> list[str | None]:
-    """The answers in the last boxes."""
+def extract(responses: list[list[str]], _: Any) -> list[str]:
+    """The answers in the last boxes; empty = none."""
     return scoring.extract_all(extract_boxed, responses)
 
 
-def process_results(doc: dict[str, Any], results: list[str | None]) -> dict[str, float | None]:
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float | None]:
     """Metrics of one row's extracted answer."""
     return scoring.score_answer(doc, results[0])

@@ -205,7 +205,7 @@ def test_the_samples_hold_extracted_answer_and_verdict(run: tuple) -> None:
     assert first["filtered_resps"] == ["12"] and first["acc"] == 1 and first["target"] == "12"
     assert second["filtered_resps"] == ["5"] and second["acc"] == 0
     unanswered = samples(run, "skd_gsm8k")[1]
-    assert unanswered["filtered_resps"] == [None] and unanswered["has_answer"] == 0
+    assert unanswered["filtered_resps"] == [""] and unanswered["has_answer"] == 0
 
 
 def test_every_row_has_the_same_metrics_in_the_same_order(run: tuple) -> None:

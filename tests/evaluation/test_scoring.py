@@ -43,7 +43,7 @@ def test_an_answer_counts_for_its_own_kinds_only() -> None:
         "acc_multiplication": None,
         "acc_subtraction": 1.0,
     }
-    none = score_answer(row, None)
+    none = score_answer(row, "")
     assert (none["acc"], none["has_answer"], none["acc_subtraction"]) == (0, 0, 0)
 
 
@@ -53,7 +53,7 @@ def test_the_mean_leaves_out_rows_that_a_metric_is_not_for() -> None:
 
 
 def test_only_the_first_response_counts() -> None:
-    assert extract_all(lambda text: text or None, [["a", "b"], [""]]) == ["a", None]
+    assert extract_all(lambda text: text or None, [["a", "b"], [""]]) == ["a", ""]
 
 
 def test_chrf_is_of_the_corpus() -> None:
