@@ -98,6 +98,9 @@ RIGHT: Pairs = {
     "units": [
         ("20", "20 apples"),
         ("20", "20 (apples)"),
+        ("20", "20 ( science books)"),
+        ("20", "20 (third graders)"),
+        ("20", "20 times"),
         ("5", "five apples"),
         (r"\frac{1}{2}", r"\frac{1}{2}\text{ of the cake}"),
         ("9.8", r"9.8\,\mathrm{m/s^2}"),
@@ -465,6 +468,8 @@ WRONG: Pairs = {
         ("7", "7 million"),
         ("2", "2 hundred"),
         ("5", "5 thirds"),
+        ("5", "5 third"),
+        ("5", "5 times 2"),
         ("5", "5 or more"),
         ("5", "less than 5"),
         ("5", "not 5"),

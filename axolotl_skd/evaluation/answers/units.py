@@ -67,11 +67,13 @@ _LETTERS = frozenset("mghlsLCFJW")
 # Not units but part of the number, or what makes it another number.
 _NUMBER_TEXT = (
     "hundred thousand million billion trillion dozen hundreds thousands millions billions half "
-    "halves third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths "
-    "ninth ninths tenth tenths hundredth hundredths thousandth thousandths factorial times plus "
-    "minus negative mod sin cos tan cot sec csc log ln exp sqrt pi cis infinity inf max gcd lcm"
+    "halves thirds fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths "
+    "factorial plus minus negative mod sin cos tan cot sec csc log ln exp sqrt pi cis infinity inf max gcd lcm"
 )
 _NUMBER_WORDS = frozenset(_NUMBER_TEXT.split())
+# Part of the number at the end (`a third`, `2 third`), but not in `9 third graders`.
+_ORDINAL_TEXT = "third fourth fifth sixth seventh eighth ninth tenth hundredth thousandth"
+_ORDINALS = frozenset(_ORDINAL_TEXT.split())
 # Words that show a sentence, where the number at its head is not the answer.
 _SENTENCE_TEXT = (
     "or and not than least most below above under over less until if when where for is are was "
@@ -90,7 +92,7 @@ _PREFIX = re.compile(
     r"^(?P<sign>[-+]?)\s*(?:(?:US|USD|CA|AU|C|A|HK|S|NZ)?\s*(?P<mark>[$€£¥₹])"
     r"|(?P<code>Rs\.?|USD|EUR|GBP|INR)(?=[\s\d]))\s*"
 )
-_PARENTHESES = re.compile(r"(?<=[\d)}%\s])\s*\((?P<inside>[A-Za-z][A-Za-z .,/'^{}23-]*)\)\s*$")
+_PARENTHESES = re.compile(r"(?<=[\d)}%\s])\s*\(\s*(?P<inside>[A-Za-z][A-Za-z .,/'^{}23-]*)\)\s*$")
 # The degrees of `\\sin 30°` belong to the argument.
 _ANGLE_FUNCTION = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _VARIABLES = re.compile(r"[abcxyz]+")
@@ -186,7 +188,7 @@ def _no_slash(text: str, words: list[str]) -> tuple[str, list[str]]:
 
 def _is_unit(word: str, match: re.Match[str], text: str, inside: bool) -> bool:
     lower = word.lower()
-    if lower in _NUMBER_WORDS:
+    if lower in _NUMBER_WORDS or (lower in _ORDINALS and not inside):
         return False
     if len(word) == 1:
         spaced = bool(match["gap"]) or text[: match.start()].endswith("°")
