@@ -157,6 +157,17 @@ def test_hostile_text_is_wrong_in_no_time_and_nothing_runs(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("10,000 braces", "10,000 pairs of braces", "1,000 boxes", "1 MB", "1 MB of digits"),
+        *("a tower", "a LaTeX tower", "a long exponent", "a factorial"),
+    ],
+)
+def test_the_plainly_hostile_is_not_even_tried(name: str) -> None:
+    assert not grading._is_reasonable(HOSTILE[name])
+
+
 def test_what_takes_too_long_is_wrong_with_a_warning(
     hurried: None, caplog: pytest.LogCaptureFixture
 ) -> None:

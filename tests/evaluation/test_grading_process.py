@@ -113,14 +113,29 @@ def test_threads_share_one(process: GradingProcess) -> None:
     assert wrong == []
 
 
+def graded(pair: tuple[str, str]) -> tuple[bool, int]:
+    """The verdict, and the process that was asked for it."""
+    return grade(*pair), pid(grading_process.SHARED)
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_have_their_own(method: str) -> None:
-    assert grade("2x", "x+x")
-    parent = pid(grading_process.SHARED)
+    parent = graded(("2x", "x+x"))[1]
     with multiprocessing.get_context(method).Pool(2) as pool:
-        assert pool.starmap(grade, [("2x", "x+x"), ("3x", "x+x")] * 5) == [True, False] * 5
-    assert pid(grading_process.SHARED) == parent
-    assert grade("4x", "2x+2x")
+        results = pool.map(graded, [("2x", "x+x"), ("3x", "x+x")] * 5, chunksize=1)
+    assert [verdict for verdict, _ in results] == [True, False] * 5
+    assert parent not in {child for _, child in results}
+    assert graded(("4x", "2x+2x")) == (True, parent)
+
+
+def test_a_fork_while_a_pair_is_graded_does_not_wait_for_it() -> None:
+    with grading_process.SHARED._lock:
+        forked = multiprocessing.get_context("fork").Process(target=grade, args=("2x", "x+x"))
+        forked.start()
+    forked.join(timeout=20)
+    finished = forked.exitcode == 0
+    forked.kill()
+    assert finished
 
 
 def test_a_script_without_a_main_guard_may_grade(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ _LETTERS = frozenset("mghlsLCFJW")
 _NUMBER_TEXT = (
     "hundred thousand million billion trillion dozen hundreds thousands millions billions half "
     "halves thirds fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths "
-    "factorial plus minus negative mod sin cos tan cot sec csc log ln exp sqrt pi cis infinity inf max gcd lcm"
+    "factorial plus minus negative mod sin cos tan cot sec csc log ln exp sqrt pi cis infinity inf "
+    "max gcd lcm"
 )
 _NUMBER_WORDS = frozenset(_NUMBER_TEXT.split())
 # Part of the number at the end (`a third`, `2 third`), but not in `9 third graders`.
