@@ -22,6 +22,7 @@ _PIS = (math.pi, 3.14)
 
 
 def same_formula(gold: str, prediction: str) -> bool:
+    """Whether two formulas are equal by algebra, or close where one is a decimal or without pi."""
     from math_verify import verify
 
     gold_formula, formula = _parse(gold), _parse(prediction)

@@ -12,7 +12,7 @@ from axolotl_skd.evaluation.answers.numbers import read_number
 from axolotl_skd.evaluation.answers.units import split_unit
 
 _BASED = re.compile(
-    r"\(?(?P<digits>[0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\)?(?:\s*_\s*\{?\s*\(?(?P<base>[0-9]{1,2}|[a-z]+)"
+    r"\(?(?P<digits>(?=[A-Fa-f]*[0-9])[0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\)?(?:\s*_\s*\{?\s*\(?(?P<base>[0-9]{1,2}|[a-z]+)"
     r"\)?\s*\}?|\s*\(?\s*base\s+(?P<named>[0-9]{1,2}|[a-z]+)\)?)"
 )
 _BASES = {
@@ -48,8 +48,9 @@ def words(text: str) -> list[str]:
 
 
 def text_key(text: str) -> str:
-    words = re.sub(r"[^\w%$:/.+-]+|\.(?!\d)", " ", text.casefold().replace("'", "")).split()
-    return " ".join(words[1:] if words[:1] in (["the"], ["a"], ["an"]) and words[1:] else words)
+    """The words of `text` without case, punctuation and a leading article."""
+    found = re.sub(r"[^\w%$:/.+-]+|\.(?!\d)", " ", text.casefold().replace("'", "")).split()
+    return " ".join(found[1:] if len(found) > 1 and found[0] in {"the", "a", "an"} else found)
 
 
 def same_choice(gold: str, prediction: str) -> bool | None:
@@ -84,11 +85,10 @@ def same_ratio(gold: str, prediction: str) -> bool | None:
         return None
     gold, prediction = (re.sub(r"(?<=\d)\s+to\s+(?=\d)", ":", text) for text in (gold, prediction))
     (gold_time, gold_unit), (time, unit) = split_unit(gold), split_unit(prediction)
-    if _CLOCK.fullmatch(gold_time) or not (":" in gold and ":" in prediction):
-        if _CLOCK.fullmatch(gold_time) and _CLOCK.fullmatch(time):
+    if ":" in gold and ":" in prediction and _CLOCK.fullmatch(gold_time):
+        if _CLOCK.fullmatch(time):
             return _clock(gold_time) == _clock(time) and gold_unit.agrees(unit)
-        if ":" in gold and ":" in prediction:
-            return text_key(gold) == text_key(prediction)
+        return text_key(gold) == text_key(prediction)
     ratios = [_ratio(text) for text in (gold_time, time)]
     if None in ratios:
         return text_key(gold) == text_key(prediction)
