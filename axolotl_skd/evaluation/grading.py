@@ -55,7 +55,7 @@ def grade(gold: str, prediction: str | None) -> bool:
         verdict = SHARED.equivalent(gold, prediction)
     if verdict is None:
         LOG.warning(
-            "no verdict (an error, or more than %g s), so it counts as wrong: gold %.200r, "
+            "no verdict (an error, or more than %g s of work), so it counts as wrong: gold %.200r, "
             "prediction %.200r",
             SECONDS_PER_PAIR,
             gold,

@@ -5,8 +5,9 @@ and reads one back. The child is a fresh interpreter, no fork: it holds no model
 from a script, a notebook or lm-eval. Once it has loaded all libraries it forks the worker that does
 the grading, and whenever the worker dies another one, within milliseconds.
 
-The worker has the kernel kill it when a pair takes too long. That works in any thread of the parent,
-inside C code, and with math-verify, whose own time-outs do not.
+The worker has the kernel kill it when a pair takes too long: too much of the processor, or twice as
+long by the clock, so that a busy machine does not change verdicts. That works in any thread of the
+parent, inside C code, and with math-verify, whose own time-outs do not.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class GradingProcess:
     Safe to share between threads. A forked process starts a child of its own.
 
     Args:
-        seconds: what one pair may take.
+        seconds: of processor time that one pair may take.
     """
 
     def __init__(self, seconds: float = SECONDS_PER_PAIR) -> None:
@@ -132,7 +133,8 @@ def serve(seconds: float) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
+    for alarm in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(alarm, signal.SIG_DFL)  # ends the process
     signal.alarm(_SECONDS_TO_START)
     _limit_memory()
     # What libraries print must not get between the answers.
@@ -148,11 +150,13 @@ def serve(seconds: float) -> None:
     if worker:
         return
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
         try:
             verdict = json.dumps(equivalent(*json.loads(line))) + "\n"
         except Exception:  # whatever sympy raises on nonsense, RecursionError among it
             verdict = _NO_VERDICT
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(verdict, end="", file=answers, flush=True)
     os._exit(0)

@@ -101,7 +101,7 @@ def test_no_answer_to_no_reference_is_not_right() -> None:
 @pytest.fixture(scope="module")
 def hurried_process() -> Iterator[GradingProcess]:
     """With little time, so that the tests need little."""
-    process = GradingProcess(seconds=0.3)
+    process = GradingProcess(seconds=0.5)
     yield process
     process.close()
 
