@@ -9,10 +9,12 @@ from pathlib import Path
 
 import click
 
+from axolotl_skd.evaluation.score_files import METRICS
+
 
 @click.group()
 def skd() -> None:
-    """Speculative Knowledge Distillation: keys, data, bundled files."""
+    """Speculative Knowledge Distillation: keys, data, bundled files, scores."""
 
 
 @skd.command()
@@ -57,3 +59,39 @@ def to_chat(
     except ConversionError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{count} rows written to {target}")
+
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@skd.command()
+@click.argument("hypotheses", type=_FILE)
+@click.argument("others", type=_FILE, nargs=-1, required=True, metavar="REFERENCES... [SOURCES]")
+@click.option("--metric", type=click.Choice(METRICS), required=True)
+@click.option("--json", "as_json_line", is_flag=True, help="One line of JSON instead of a table.")
+@click.option("--checkpoint", help="COMET: folder with hparams.yaml and checkpoints/model.ckpt.")
+@click.option("--encoder", help="COMET: folder with the encoder's config.json and tokenizer.json.")
+@click.option("--python", help="COMET: a Python that has unbabel-comet, to score with it.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="COMET: translations at a time.")
+@click.option("--device", help="COMET: cpu, cuda, cuda:1, ...; default the first GPU, if any.")
+def score(
+    hypotheses: Path,
+    others: tuple[Path, ...],
+    metric: str,
+    as_json_line: bool,
+    **comet_options: str | int | None,
+) -> None:
+    """Score the lines of HYPOTHESES, one text a line, all scores times 100.
+
+    rouge and chrf take one or more files of references; comet takes the references, then the
+    sources.
+    """
+    from axolotl_skd.evaluation.comet import CometUnavailableError
+    from axolotl_skd.evaluation.score_files import as_json, as_text, score_files
+
+    given = {name: value for name, value in comet_options.items() if value is not None}
+    try:
+        scores = score_files(metric, hypotheses, others, **given)
+    except (ValueError, ImportError, CometUnavailableError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(as_json(scores) if as_json_line else as_text(scores))

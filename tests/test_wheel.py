@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from axolotl_skd.evaluation.tasks import available_tasks
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -64,6 +66,8 @@ print(axolotl_skd.SKDPlugin.__module__)
     )
     package = target / "axolotl_skd"
     lines = [line for line in child.stdout.splitlines() if line.strip()]
-    assert f"{package / 'evals'} {package / 'example_configs'} skd_tiny_arithmetic" in lines
-    assert "axolotl.cli_commands ['keys', 'path', 'to-chat']" in lines
+    tasks = " ".join(available_tasks())
+    assert f"{package / 'evals'} {package / 'example_configs'} {tasks}" in lines
+    assert (package / "evals" / "skd_math" / "_boxed_answer").is_file()
+    assert "axolotl.cli_commands ['keys', 'path', 'score', 'to-chat']" in lines
     assert "axolotl_skd.plugin" in lines

@@ -1,5 +1,6 @@
-"""Evaluation: answer extraction, grading, and the runner of the bundled lm-eval tasks.
+"""Evaluation: answer extraction, grading, ROUGE, COMET, and the runner of the bundled lm-eval tasks.
 
-Nothing here imports axolotl, trl, torch or transformers, so that an lm-eval environment of its own
-can use it; the models live in the runner's child process.
+Importing any of it takes no axolotl, trl, torch or transformers, so that an lm-eval environment of
+its own can use it. Models live in child processes; COMET's estimator alone runs in this one, and
+imports torch when it is asked to score.
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ TaskMetrics = dict[str, dict[str, float]]
 
 _STDERR = "_stderr"
 # Shares of the rows in [0, 1], shown in percent. Every other metric is shown as it is.
-_SHARES = frozenset({"acc", "has_answer"})
+_SHARES = re.compile(r"acc(_.+)?|has_answer")
 _HEADER = ("task", "metric", "before", "after", "change")
 
 
@@ -61,8 +62,8 @@ def record(path: Path, stage: Literal["start", "end"], results: TaskMetrics) -> 
 def comparison_table(results: Mapping[str, TaskMetrics]) -> str:
     """Before and after training, as an aligned text table of one row per task and metric.
 
-    Shares (`acc`) are in percent with one decimal, followed by `+-` one standard error where known;
-    their change is in percentage points. A missing value is a `-`.
+    Shares (`acc`, `acc_algebra`) are in percent with one decimal, followed by `+-` one standard
+    error where known; their change is in percentage points. A missing value is a `-`.
 
     Args:
         results: as `read_results` returns it.
@@ -87,7 +88,7 @@ def _rows(start: TaskMetrics, end: TaskMetrics) -> Iterator[tuple[str, ...]]:
 def _value(metric: str, metrics: Mapping[str, float]) -> str:
     if metric not in metrics:
         return "-"
-    share = metric in _SHARES
+    share = bool(_SHARES.fullmatch(metric))
     scale = 100 if share else 1
     decimals = 1 if share else 2
     text = f"{scale * metrics[metric]:.{decimals}f}{'%' if share else ''}"
@@ -99,4 +100,4 @@ def _change(metric: str, before: Mapping[str, float], after: Mapping[str, float]
     if metric not in before or metric not in after:
         return "-"
     change = after[metric] - before[metric]
-    return f"{100 * change:+.1f}" if metric in _SHARES else f"{change:+.2f}"
+    return f"{100 * change:+.1f}" if _SHARES.fullmatch(metric) else f"{change:+.2f}"

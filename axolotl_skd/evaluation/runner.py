@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shlex
 import subprocess
@@ -183,7 +184,10 @@ def run_tasks(
         # lm-eval exits with 0 when it could not save its results.
         if child.returncode != 0 or not written:
             raise EvaluationError(_failure(child, command))
-        return _plain_metrics(json.loads(written[-1].read_text(encoding="utf-8"))["results"])
+        results = json.loads(written[-1].read_text(encoding="utf-8"))["results"]
+    for name in _unmeasured(results):
+        LOG.warning("%s could not be computed; to see why: %s", name, shlex.join(command))
+    return _plain_metrics(results)
 
 
 def _cause(returncode: int) -> str:
@@ -200,16 +204,32 @@ def _failure(child: subprocess.CompletedProcess[str], command: Iterable[str]) ->
     )
 
 
+def _unmeasured(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The metrics that are NaN, e.g. COMET without a checkpoint.
+
+    Not those of a breakdown (`acc_algebra`): under a limit there may be no rows of a kind.
+    """
+    return [
+        f"{task}: {key.partition(',')[0]}"
+        for task, entries in results.items()
+        for key, value in entries.items()
+        if isinstance(value, float) and math.isnan(value) and not key.startswith("acc_")
+    ]
+
+
 def _plain_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """lm-eval's `{"acc,none": 0.4, "acc_stderr,none": "N/A", "alias": ...}` as plain numbers.
 
-    The part after the comma is the filter's name; bundled tasks use one filter.
+    The part after the comma is the filter's name; bundled tasks use one filter. A NaN is a metric
+    that was not measured (no rows of that kind under a limit, no COMET) and is left out, as is a
+    group without a number of its own.
     """
-    return {
+    plain = {
         task: {
             key.partition(",")[0]: float(value)
             for key, value in entries.items()
-            if "," in key and isinstance(value, int | float)
+            if "," in key and isinstance(value, int | float) and not math.isnan(value)
         }
         for task, entries in results.items()
     }
+    return {task: metrics for task, metrics in plain.items() if metrics}

@@ -1,4 +1,4 @@
-"""The names of the bundled lm-eval tasks, read from their YAML files without importing lm_eval."""
+"""The names of the bundled lm-eval tasks and groups, read from their YAML files, without lm_eval."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: loader.const
 
 
 def available_tasks() -> list[str]:
-    """The sorted names of the tasks under `evals/`.
+    """The sorted names of the tasks and groups under `evals/`.
 
     Raises:
         FileNotFoundError: if the bundled folder is missing.
@@ -27,12 +27,13 @@ def available_tasks() -> list[str]:
         yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
         for path in resource_path("evals").rglob("*.yaml")
     )
-    # A group's `task:` is a list of names, not a name.
-    return sorted(
-        config["task"]
+    names = (
+        # A group's `task:` is the list of its members.
+        config.get("group") or config.get("task")
         for config in configs
-        if isinstance(config, dict) and isinstance(config.get("task"), str)
+        if isinstance(config, dict)
     )
+    return sorted(name for name in names if isinstance(name, str))
 
 
 def check_tasks(names: Iterable[str]) -> None:

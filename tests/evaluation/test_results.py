@@ -44,6 +44,11 @@ def test_the_table() -> None:
     ]
 
 
+def test_the_shares_of_a_breakdown_are_in_percent_too() -> None:
+    results = {"start": {"t": {"acc_algebra": 0.5}}, "end": {"t": {"acc_algebra": 0.75}}}
+    assert cells(results) == [["t", "acc_algebra", "50.0%", "75.0%", "+25.0"]]
+
+
 def cells(results: dict) -> list[list[str]]:
     return [line.split() for line in comparison_table(results).splitlines()[1:]]
 

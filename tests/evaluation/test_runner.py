@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -94,10 +95,24 @@ def test_only_plain_numbers_are_taken_from_the_results() -> None:
     assert runner._plain_metrics(results) == {TASK: {"acc": 1.0}}
 
 
+def test_what_was_not_measured_is_left_out_and_named() -> None:
+    results = {
+        "skd_math": {"acc,boxed": 0.5, "acc_geometry,boxed": math.nan, "acc_algebra,boxed": 0.5},
+        "skd_flores_asm_eng": {"comet,none": math.nan, "chrf,none": 40.0},
+        "skd_paper": {"alias": "skd_paper", " ": " "},
+    }
+    assert runner._plain_metrics(results) == {
+        "skd_math": {"acc": 0.5, "acc_algebra": 0.5},
+        "skd_flores_asm_eng": {"chrf": 40.0},
+    }
+    assert runner._unmeasured(results) == ["skd_flores_asm_eng: comet"]
+
+
 def test_importing_the_runner_is_light() -> None:
     script = (
         "import sys, axolotl_skd.evaluation.runner, axolotl_skd.evaluation.results\n"
         "import axolotl_skd.evaluation.extraction, axolotl_skd.evaluation.grading\n"
+        "import axolotl_skd.evaluation.scoring\n"
         "print(*{'axolotl', 'trl', 'torch', 'transformers', 'lm_eval'} & set(sys.modules))"
     )
     done = subprocess.run(
