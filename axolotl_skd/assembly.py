@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from axolotl_skd.config import Distillation, RolloutConfig, TeacherConfig
+from axolotl_skd.config import Distillation, TeacherConfig
 from axolotl_skd.losses.divergences import get_divergence
 from axolotl_skd.memory import Forecast, forecast, step_shape
 from axolotl_skd.methods import LossRecipe, Share
@@ -74,14 +74,13 @@ def assemble(
         check_top_k(distillation, shared)
         warn_of_unknown_tokens(shared)
     vocab_size = None if shared is None else shared.size
-    capture = _capture(distillation.rollout, trainer.args.device)
     with rollout_mode(student_model):
         student = probed_lm(
             student_model,
             "base_model",
             vocab_size=vocab_size,
             precision=trainer.accelerator.autocast,
-            capture=capture,
+            new_capture=_new_capture(distillation, "student", student_model.device),
         )
         teacher = None
         if teacher_model is not None:
@@ -91,7 +90,7 @@ def assemble(
                 vocab_size=vocab_size,
                 # The student's mixed precision is not the teacher's: it computes in its own dtype.
                 precision=partial(torch.autocast, teacher_model.device.type, enabled=False),
-                capture=capture,
+                new_capture=_new_capture(distillation, "teacher", teacher_model.device),
             )
 
     params = sampling_params(distillation, preflight.stop_token_ids)
@@ -119,13 +118,14 @@ def _forecast(
     teacher: CausalLM | None,
     sequence_len: int,
 ) -> Forecast:
-    rollout, rolls_out = distillation.rollout, distillation.method_row.rolls_out
+    rollout, method = distillation.rollout, distillation.method_row
     half = trainer.args.bf16 or trainer.args.fp16
     shape = step_shape(
         trainer.args,
-        rolls_out=rolls_out,
-        prompt_tokens=rollout.max_prompt_tokens if rolls_out else 0,
-        new_tokens=rollout.max_new_tokens if rolls_out else sequence_len,
+        source=method.source,
+        prompt_tokens=rollout.max_prompt_tokens,
+        new_tokens=rollout.max_new_tokens,
+        data_tokens=sequence_len if method.needs_completions else 0,
         rollout_batch_size=rollout.rollout_batch_size,
         activation_bytes=2 if half else student.model.dtype.itemsize,
     )
@@ -147,7 +147,7 @@ def _source(
         student,
         teacher,
         rollout_batch_size=distillation.rollout.rollout_batch_size,
-        fixed_shapes=student.capture is not None,
+        fixed_shapes=student.graphs,
     )
     samplers = {
         Source.INTERLEAVED: engine.interleave,
@@ -167,17 +167,23 @@ def _source(
     )
 
 
-def _capture(rollout: RolloutConfig, device: torch.device) -> Capture | None:
-    """How decoding becomes graphs, None if it was not asked for or there is no such device."""
-    if not rollout.cuda_graphs:
+def _new_capture(
+    distillation: Distillation, name: str, device: torch.device
+) -> Callable[[], Capture] | None:
+    """How a model's decoding becomes graphs, None if it was not asked for or cannot be had there."""
+    if not distillation.rollout.cuda_graphs:
         return None
-    if device.type != "cuda":
-        LOG.warning(
-            "distillation.rollout.cuda_graphs: true has no effect on a device of type %s",
-            device.type,
-        )
-        return None
-    return CudaCapture()
+    if not distillation.method_row.rolls_out:
+        reason = f"method {distillation.method} samples nothing"
+    elif device.type != "cuda":
+        reason = f"it is on a device of type {device.type}"
+    elif device.index not in (None, torch.cuda.current_device()):
+        # A graph records what happens on the current device, and nothing else.
+        reason = f"it is on {device}, not on this process's own device"
+    else:
+        return CudaCapture
+    LOG.warning("distillation.rollout.cuda_graphs: true has no effect on the %s: %s", name, reason)
+    return None
 
 
 def _share(distillation: Distillation) -> Callable[[float], float]:

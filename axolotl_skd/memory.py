@@ -19,8 +19,10 @@ import torch
 from transformers import TrainingArguments
 
 from axolotl_skd.losses.fused import chunk_size
-from axolotl_skd.rollout.engine import PREFILL_TOKENS
-from axolotl_skd.rollout.lm import CausalLM
+from axolotl_skd.rollout.draft_length import MAX_DRAFT_TOKENS
+from axolotl_skd.rollout.engine import PREFILL_TOKENS, VERIFIED_ELEMENTS
+from axolotl_skd.rollout.lm import CausalLM, FullLogitsLM
+from axolotl_skd.rollout.types import Source
 
 GIB = 2**30
 
@@ -50,8 +52,9 @@ class StepShape:
         rows_in_flight: R.
         batch_rows: B.
         prompt_tokens: P.
-        new_tokens: T, the longest completion, sampled or from the data set.
-        rolls_out: does the method sample?
+        new_tokens: T, the longest completion that is sampled.
+        row_tokens: the longest row that is trained on, sampled or from the data set.
+        source: who samples.
         checkpointing: are activations recomputed in the backward pass?
         activation_bytes: of one number in the student's forward.
         optimizer: Hugging Face's name.
@@ -62,7 +65,8 @@ class StepShape:
     batch_rows: int
     prompt_tokens: int
     new_tokens: int
-    rolls_out: bool
+    row_tokens: int
+    source: Source
     checkpointing: bool
     activation_bytes: int
     optimizer: str
@@ -107,21 +111,30 @@ def forecast(student: CausalLM, teacher: CausalLM | None, shape: StepShape) -> F
         "teacher": weight_bytes(beside) if beside else 0,
         "optimizer": sum(_optimizer_bytes(shape.optimizer, p) for p in trainable),
     }
+    sampling = _sampling(shape.source, student, beside)
     kept = 0
-    if beside is not None and shape.rolls_out:
+    if beside is not None and shape.source is Source.INTERLEAVED:
         kept = shape.window_rows * shape.new_tokens * beside.state_size * _dtype_bytes(beside)
     rollout: dict[str, int] = {}
-    if shape.rolls_out:
-        models = [lm for lm in (student, beside) if lm is not None]
+    if sampling:
         slots = shape.rows_in_flight * (shape.prompt_tokens + shape.new_tokens)
         prompts = min(shape.rows_in_flight * shape.prompt_tokens, PREFILL_TOKENS)
+        logits = min(
+            shape.rows_in_flight * MAX_DRAFT_TOKENS * student.vocab_size, VERIFIED_ELEMENTS
+        )
         rollout = {
             **always,
-            "KV caches": slots * sum(kv_bytes(lm) for lm in models),
+            "KV caches": slots * sum(map(kv_bytes, sampling)),
             "teacher states": kept,
-            "prompts": prompts * max(_layer_bytes(lm, _dtype_bytes(lm)) for lm in models),
+            "prompts": prompts * max(_layer_bytes(lm, _dtype_bytes(lm)) for lm in sampling),
+            "logits": logits * max(map(_dtype_bytes, sampling)),
+            "cast weights": sum(
+                p.numel() * shape.activation_bytes
+                for p in trainable
+                if p.element_size() > shape.activation_bytes
+            ),
         }
-    tokens = shape.batch_rows * (shape.prompt_tokens + shape.new_tokens)
+    tokens = shape.batch_rows * shape.row_tokens
     vocab, head = student.vocab_size, list(student.head_module.parameters())
     chunk = min(tokens, chunk_size(vocab))
     training = {
@@ -130,20 +143,35 @@ def forecast(student: CausalLM, teacher: CausalLM | None, shape: StepShape) -> F
         "teacher states": kept,
         "activations": tokens * _activation_bytes(student, shape),
         "loss chunks": chunk * vocab * _LOSS_MATRICES * shape.activation_bytes,
-        "head gradient": sum(4 * p.numel() for p in head if p.requires_grad),
+        # A sum in float32 and a chunk's part of it; then the sum, scaled, and its cast.
+        "head gradient": sum((8 + p.element_size()) * p.numel() for p in head if p.requires_grad),
     }
     return Forecast(rollout, training)
 
 
+def _sampling(source: Source, student: CausalLM, teacher: CausalLM | None) -> list[CausalLM]:
+    """The models on the student's device that sample."""
+    student_samples = source in (Source.STUDENT, Source.INTERLEAVED)
+    teacher_samples = source in (Source.TEACHER, Source.INTERLEAVED)
+    models = [student] if student_samples else []
+    return models + ([teacher] if teacher_samples and teacher is not None else [])
+
+
 def step_shape(
     args: TrainingArguments,
-    rolls_out: bool,
+    source: Source,
     prompt_tokens: int,
     new_tokens: int,
+    data_tokens: int,
     rollout_batch_size: int | None,
     activation_bytes: int,
 ) -> StepShape:
-    """The shape of a step under Hugging Face's arguments."""
+    """The shape of a step under Hugging Face's arguments.
+
+    Args:
+        data_tokens: the longest row of the data set that may be trained on as it is, 0 if none is.
+    """
+    sampled = 0 if source is Source.DATASET else prompt_tokens + new_tokens
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     return StepShape(
         window_rows=rows,
@@ -151,7 +179,8 @@ def step_shape(
         batch_rows=args.per_device_train_batch_size,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        rolls_out=rolls_out,
+        row_tokens=max(sampled, data_tokens),
+        source=source,
         checkpointing=bool(args.gradient_checkpointing),
         activation_bytes=activation_bytes,
         optimizer=str(getattr(args.optim, "value", args.optim)),
@@ -206,9 +235,11 @@ def _optimizer_bytes(name: str, parameter: torch.Tensor) -> int:
 def _activation_bytes(lm: CausalLM, shape: StepShape) -> int:
     """Bytes per token that wait for the backward pass."""
     layers, one = lm.config.num_hidden_layers, _layer_bytes(lm, shape.activation_bytes)
+    # Full logits in the place of states: all of them, those of the completions, their gradient.
+    logits = 3 * lm.state_size * shape.activation_bytes if isinstance(lm, FullLogitsLM) else 0
     if not shape.checkpointing:
-        return layers * one
-    return layers * _hidden_size(lm) * shape.activation_bytes + one
+        return layers * one + logits
+    return layers * _hidden_size(lm) * shape.activation_bytes + one + logits
 
 
 def _layer_bytes(lm: CausalLM, bytes_per_number: int) -> int:

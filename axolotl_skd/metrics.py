@@ -59,11 +59,12 @@ def rollout_metrics(rollout: Rollout | None, source: Source, seconds: float) -> 
         source: which model(s) would have sampled.
         seconds: wall-clock time that it took on this rank.
     """
-    rows = tokens = truncated = accepted = proposed = 0
+    rows = tokens = truncated = accepted = proposed = steps = rounds = 0
     if rollout is not None:
         rows, tokens = len(rollout.finish_reasons), int(rollout.completion_mask.sum())
         truncated = int((rollout.finish_reasons == FinishReason.LENGTH).sum())
         accepted, proposed = int(rollout.accepted_mask.sum()), int(rollout.num_proposed.sum())
+        steps, rounds = rollout.num_draft_steps, rollout.num_rounds
     metrics: dict[str, Ratio] = {
         "rollout/length": (tokens, rows),
         "rollout/truncated_share": (truncated, rows),
@@ -73,4 +74,5 @@ def rollout_metrics(rollout: Rollout | None, source: Source, seconds: float) -> 
     if source is Source.INTERLEAVED:
         metrics["skd/acceptance_rate"] = (accepted, tokens)
         metrics["rollout/draft_efficiency"] = (tokens, proposed)
+        metrics["rollout/draft_length"] = (steps, rounds)
     return metrics

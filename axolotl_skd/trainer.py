@@ -103,7 +103,8 @@ class DistillationCore(Trainer):
         progress = self.state.global_step / self.state.max_steps
         if not self.method.rolls_out:
             return distiller.source.complete(batches, epoch, progress)
-        # One autocast context around all of it, so that weights are cast once a rollout.
+        # One autocast context around all of it: weights are cast once a rollout, and CUDA graphs may
+        # rely on the casts, which die with the outermost context.
         with rollout_mode(distiller.student.model), distiller.student.precision():
             return distiller.source.complete(batches, epoch, progress)
 

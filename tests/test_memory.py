@@ -18,9 +18,9 @@ from axolotl_skd.memory import (
     weight_bytes,
 )
 from axolotl_skd.rollout.engine import RolloutEngine
-from axolotl_skd.rollout.lm import CausalLM
+from axolotl_skd.rollout.lm import CausalLM, FullLogitsLM
 from axolotl_skd.rollout.sampling import row_streams
-from axolotl_skd.rollout.types import Prompts, SamplingParams
+from axolotl_skd.rollout.types import Prompts, SamplingParams, Source
 from tests.rollout.tiny import FAMILIES, tiny_model
 
 SHAPE = StepShape(
@@ -29,7 +29,8 @@ SHAPE = StepShape(
     batch_rows=2,
     prompt_tokens=9,
     new_tokens=7,
-    rolls_out=True,
+    row_tokens=16,
+    source=Source.INTERLEAVED,
     checkpointing=False,
     activation_bytes=4,
     optimizer="adamw_torch",
@@ -95,6 +96,7 @@ def test_a_frozen_student_part_needs_no_gradient() -> None:
     [
         ({"rows_in_flight": 8}, "rollout", "KV caches"),
         ({"new_tokens": 70}, "rollout", "KV caches"),
+        ({"row_tokens": 70}, "training", "activations"),
         ({"prompt_tokens": 90}, "rollout", "prompts"),
         ({"window_rows": 60}, "training", "teacher states"),
         ({"batch_rows": 20}, "training", "activations"),
@@ -114,10 +116,37 @@ def test_checkpointing_needs_less(pair: tuple[CausalLM, CausalLM]) -> None:
 
 
 def test_without_a_rollout_nothing_is_kept(pair: tuple[CausalLM, CausalLM]) -> None:
-    parts = forecast(*pair, replace(SHAPE, rolls_out=False))
+    parts = forecast(*pair, replace(SHAPE, source=Source.DATASET))
     assert not parts.rollout
     assert parts.training["teacher states"] == 0
     assert parts.phase == "training"
+
+
+def test_only_models_that_sample_have_caches(pair: tuple[CausalLM, CausalLM]) -> None:
+    student, teacher = map(kv_bytes, pair)
+    slots = SHAPE.rows_in_flight * (SHAPE.prompt_tokens + SHAPE.new_tokens)
+    for source, per_slot in [
+        (Source.STUDENT, student),
+        (Source.TEACHER, teacher),
+        (Source.INTERLEAVED, student + teacher),
+    ]:
+        parts = forecast(*pair, replace(SHAPE, source=source))
+        assert parts.rollout["KV caches"] == slots * per_slot
+        kept = source is Source.INTERLEAVED
+        assert bool(parts.training["teacher states"]) == kept
+
+
+def test_full_logits_count(pair: tuple[CausalLM, CausalLM]) -> None:
+    full = FullLogitsLM(pair[0].model)
+    parts = [forecast(lm, pair[1], SHAPE).training["activations"] for lm in (full, pair[0])]
+    rows = SHAPE.batch_rows * SHAPE.row_tokens
+    assert parts[0] - parts[1] == 3 * rows * full.state_size * SHAPE.activation_bytes
+
+
+def test_weights_cast_for_a_rollout_count(pair: tuple[CausalLM, CausalLM]) -> None:
+    half = forecast(*pair, replace(SHAPE, activation_bytes=2)).rollout["cast weights"]
+    assert half == weight_bytes(pair[0]) // 2
+    assert forecast(*pair, SHAPE).rollout["cast weights"] == 0
 
 
 def test_the_peak_is_the_larger_phase() -> None:

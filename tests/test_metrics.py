@@ -26,6 +26,7 @@ ROLLOUT = Rollout(
     num_proposed=torch.tensor([6, 3, 5]),
     source=Source.INTERLEAVED,
     num_rounds=2,
+    num_draft_steps=6,  # G = 3 in both
 )
 
 
@@ -45,6 +46,7 @@ def test_an_interleaved_rollout_by_hand() -> None:
             "skd/acceptance_rate": 9
             / 11,  # accepted / verified: every committed token was verified
             "rollout/draft_efficiency": 11 / 14,  # committed / proposed
+            "rollout/draft_length": 3.0,
             "rollout/length": 11 / 3,
             "rollout/truncated_share": 2 / 3,
             "rollout/tokens_per_second": 5.5,

@@ -35,6 +35,7 @@ def echo(prompts: Prompts, _params: SamplingParams) -> Rollout:
         num_proposed=lengths,
         source=Source.INTERLEAVED,
         num_rounds=1,
+        num_draft_steps=3,
     )
 
 

@@ -125,6 +125,7 @@ class SlotCache(Cache):
     def keep_rows(self, index: Tensor) -> None:
         """Drop all rows but those in `index` (int64 [R'])."""
         self.placement.num_rows = len(index)
+        self.placement.rows = self.placement.slots = None  # of a graph's memory, perhaps
         if self.graphed is not None:
             self.graphed.forget()
         for layer in self.layers:

@@ -18,6 +18,7 @@ Legend: R rows in flight, G draft tokens, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,6 +89,7 @@ class RolloutEngine:
         models = (self.student, self._require_teacher())
         draft_length = self._draft_length(params)
         watch = Stopwatch(self.student.device)
+        seen: Counter[tuple[int, int]] = Counter()
 
         def advance(flight: Flight, caches: Sequence[Any]) -> None:
             num_draft = draft_length.choose(flight.num_seats, flight.longest_remaining)
@@ -96,15 +98,18 @@ class RolloutEngine:
                 lambda sampler: self._speculate(flight, caches, num_draft, params, sampler, watch),
                 watch,
             )
-            draft_length.observe(
-                RoundReport(
-                    flight.num_seats,
-                    num_draft,
-                    *watch.laps()[-2:],
-                    num_verified=committed.num_tokens,
-                    num_accepted=committed.num_accepted,
-                )
+            report = RoundReport(
+                flight.num_seats,
+                num_draft,
+                *watch.laps()[-2:],
+                num_verified=committed.num_tokens,
+                num_accepted=committed.num_accepted,
             )
+            shape = (flight.num_seats, num_draft)
+            seen[shape] += 1
+            # A shape's first two rounds run without a graph and record one: nothing to learn from.
+            if not self._fixed_shapes or seen[shape] > 2:
+                draft_length.observe(report)
 
         return self._run(models, prompts, params, advance, Source.INTERLEAVED)
 

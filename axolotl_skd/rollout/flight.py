@@ -123,7 +123,7 @@ class Flight:
         self._generated = [0] * num_rows
         self._num_proposed = [0] * num_rows
         self._finish_reasons = [int(FinishReason.LENGTH)] * num_rows
-        self._num_rounds = 0
+        self._num_rounds = self._num_draft_steps = 0
 
     # Seats
 
@@ -284,6 +284,8 @@ class Flight:
                 self._host_end[seat] = self._host_next[seat]
                 self._finish_reasons[row] = int(FinishReason.STOP)
         self._num_rounds += 1
+        if proposal.hidden is not None:
+            self._num_draft_steps += num_tokens
         return Committed(sum(counts), sum(kept))
 
     def _store(self, hidden: Tensor, rows: Tensor, columns: Tensor) -> None:
@@ -308,6 +310,7 @@ class Flight:
             num_proposed=torch.tensor(self._num_proposed, device=device),
             source=source,
             num_rounds=self._num_rounds,
+            num_draft_steps=self._num_draft_steps,
         )
 
 

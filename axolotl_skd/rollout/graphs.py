@@ -22,14 +22,19 @@ Capture = Callable[[Forward, tuple[Tensor, ...]], tuple[Replay, Tensor]]
 
 
 class CudaCapture:
-    """`Capture` by CUDA graphs that share one memory pool."""
+    """`Capture` by CUDA graphs that share one memory pool, for as long as the graphs live."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, forward: Forward, inputs: tuple[Tensor, ...]) -> tuple[Replay, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # The outer context brings the stream back if a capture breaks off; a data loader's pinning
+        # thread may go on meanwhile.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
             output = forward(*inputs)
         return graph.replay, output
 
@@ -37,16 +42,19 @@ class CudaCapture:
 class GraphedForwards:
     """Runs a forward as it is the first time that a key is seen, captures it the second time.
 
-    A result is overwritten by the next call with its key: use it, or copy it, before.
+    A result is overwritten by the next call with its key: use it, or copy it, before. Under autocast,
+    the context has to be entered outside, around all of a rollout: the cast weights that a graph reads
+    live as long as that.
     """
 
-    def __init__(self, capture: Capture, give_up: Callable[[], None]) -> None:
+    def __init__(self, new_capture: Callable[[], Capture], give_up: Callable[[], None]) -> None:
         """
         Args:
-            capture: makes a graph of a forward.
-            give_up: called once, if that fails.
+            new_capture: for graphs that live and die together.
+            give_up: called once, if capturing fails.
         """
-        self._capture: Capture | None = capture
+        self._new_capture = new_capture
+        self._capture: Capture | None = new_capture()
         self._give_up = give_up
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, tuple[tuple[Tensor, ...], Replay, Tensor]] = {}
@@ -70,6 +78,8 @@ class GraphedForwards:
         """Drop all graphs: the memory that they work on is about to move."""
         self._graphs.clear()
         self._seen.clear()
+        if self._capture is not None:
+            self._capture = self._new_capture()  # a pool is not used again once its graphs are gone
 
     def _record(self, key: Hashable, forward: Forward, inputs: tuple[Tensor, ...]) -> bool:
         held = tuple(tensor.clone() for tensor in inputs)
@@ -82,8 +92,8 @@ class GraphedForwards:
                 type(error).__name__,
                 error,
             )
+            # Graphs that exist are left alone until their cache goes: others may still be in use.
             self._capture = None
-            self._graphs.clear()
             self._give_up()
             return False
         self._graphs[key] = (held, replay, output)

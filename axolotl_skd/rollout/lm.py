@@ -99,21 +99,21 @@ class CausalLM:
         model: PreTrainedModel,
         vocab_size: int | None = None,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        capture: Capture | None = None,
+        new_capture: Callable[[], Capture] | None = None,
     ) -> None:
         """
         Args:
             model: a causal LM with a position-addressed KV cache.
             vocab_size: size of the shared vocabulary, default the model's own.
             precision: the autocast context in which this model computes, whatever is around it.
-            capture: how repeated forwards of a rollout become graphs, None: not at all.
+            new_capture: how repeated forwards of a rollout become graphs, None: not at all.
         """
         self.precision = precision
         self.model = model
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
         self.head = Head(model, vocab_size)
-        self.capture = capture
+        self._new_capture = new_capture
         self._attention = _require_rollout_attention(self.config)
         layer_types = getattr(self.config, "layer_types", None)
         self._layer_types: frozenset[str] | None = layer_types and frozenset(layer_types)
@@ -147,47 +147,49 @@ class CausalLM:
 
     def new_cache(self, num_rows: int, num_slots: int) -> SlotCache:
         num_layers = self.config.num_hidden_layers
-        if self.capture is None:
+        if self._new_capture is None:
             return SlotCache(num_layers, num_rows, num_slots, VIEW_MULTIPLE)
-        graphed = GraphedForwards(self.capture, self._give_up_graphs)
+        graphed = GraphedForwards(self._new_capture, self._give_up_graphs)
         return SlotCache(num_layers, num_rows, num_slots, _GRAPHED_VIEW_MULTIPLE, graphed)
+
+    @property
+    def graphs(self) -> bool:
+        """Are repeated forwards of a rollout captured?"""
+        return self._new_capture is not None
 
     def _give_up_graphs(self) -> None:
         """What could not be captured once is not tried with every new cache."""
-        self.capture = None
+        self._new_capture = None
 
     def prefill(self, ids: Tensor, rows: Tensor, cache: SlotCache) -> None:
         # Right-padded: pads sit in later slots, invisible until overwritten by the real token. So
         # the stock causal mask is the right one, with its fast kernels.
         cache.place_prompts(rows, ids.shape[1])
-        self._decode(ids, cache.placement.slots, cache, None)
+        with self.precision(), attention_of(self.config, self._attention):
+            self._read(
+                input_ids=ids,
+                position_ids=cache.placement.slots,
+                past_key_values=cache,
+                use_cache=True,
+            )
 
     def forward(self, ids: Tensor, positions: Tensor, cache: SlotCache, longest: int) -> Tensor:
         view = cache.view(longest)
 
         def decode(ids: Tensor, positions: Tensor) -> Tensor:
             cache.place(positions, view)
-            return self._decode(ids, positions, cache, self._attention_mask(positions, view))
+            with self.precision(), attention_of(self.config, self._attention):
+                return self._states(
+                    input_ids=ids,
+                    attention_mask=self._attention_mask(positions, view),
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
 
         if cache.graphed is None:
             return decode(ids, positions)
         return cache.graphed((view, *ids.shape), decode, ids, positions)
-
-    def _decode(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        cache: SlotCache,
-        mask: Tensor | dict[str, Tensor] | None,
-    ) -> Tensor:
-        with self.precision(), attention_of(self.config, self._attention):
-            return self._states(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
 
     def hidden_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Last hidden states of whole rows without a cache: int64 [B, L] each -> [B, L, H]."""
@@ -216,6 +218,10 @@ class CausalLM:
 
     def _states(self, **inputs: Any) -> Tensor:
         return self.decoder(**inputs).last_hidden_state
+
+    def _read(self, **inputs: Any) -> None:
+        """Fill the cache; nobody asks for what is said of a prompt."""
+        self.decoder(**inputs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         with self.precision():
@@ -254,6 +260,9 @@ class FullLogitsLM(CausalLM):
 
     def _states(self, **inputs: Any) -> Tensor:
         return self.model(**inputs).logits
+
+    def _read(self, **inputs: Any) -> None:
+        self.model(**inputs, logits_to_keep=1)
 
 
 def probed_lm(model: PreTrainedModel, name: str, **options: Any) -> CausalLM:

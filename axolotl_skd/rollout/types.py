@@ -103,6 +103,7 @@ class Rollout:
         num_proposed: int64 [B], student proposals paid for, wasted ones included; 0 without proposals.
         source: which model(s) sampled.
         num_rounds: rounds of the batch as a whole.
+        num_draft_steps: student steps of all rounds, G in each; 0 without a verification.
     """
 
     completion_ids: Tensor
@@ -114,6 +115,7 @@ class Rollout:
     num_proposed: Tensor
     source: Source
     num_rounds: int
+    num_draft_steps: int
 
     @property
     def completion_lengths(self) -> Tensor:
@@ -140,4 +142,5 @@ class Rollout:
             num_proposed=self.num_proposed[rows],
             source=self.source,
             num_rounds=self.num_rounds,
+            num_draft_steps=self.num_draft_steps,
         )

@@ -21,7 +21,7 @@ from on_policy import generate, teacher_states
 from work import PUBLISHED_DRAFT, Draft, Work
 
 from axolotl_skd.rollout.engine import RolloutEngine
-from axolotl_skd.rollout.types import AUTO, Prompts
+from axolotl_skd.rollout.types import Prompts
 
 
 def naive(work: Work, rate: float | None) -> Cell:
@@ -95,7 +95,8 @@ def ours(
 ) -> Cell:
     """The engine: on all rows at once, or on `batch_size` in flight (`refill`) or in turn.
 
-    What `auto` learns in a run it keeps for the next, as in training; it has an untimed run before.
+    What `auto` learns in a run it keeps for the next, as in training; every draft length has an untimed
+    run before.
     """
     params = work.params(draft)
 
@@ -124,8 +125,7 @@ def ours(
 
     @cache
     def warm_up() -> None:
-        if draft == AUTO:
-            run()
+        run()
 
     how = (
         "" if batch_size is None else f", {batch_size} rows, " + ("refill" if refill else "in turn")

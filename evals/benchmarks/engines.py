@@ -51,10 +51,10 @@ def new_engine(
 ) -> RolloutEngine:
     """The engine as `axolotl train` builds it; with graphs where they exist."""
     on_gpu = pair.device.type == "cuda"
-    capture = CudaCapture() if on_gpu else None
+    new_capture = CudaCapture if on_gpu else None
     return RolloutEngine(
-        CausalLM(pair.student, capture=capture),
-        CausalLM(pair.teacher, capture=capture),
+        CausalLM(pair.student, new_capture=new_capture),
+        CausalLM(pair.teacher, new_capture=new_capture),
         accept=accept,
         rollout_batch_size=rollout_batch_size,
         fixed_shapes=on_gpu,

@@ -131,9 +131,13 @@ class Benchmark:
         self.goals: list[Goal] = []
         self.extra: dict[str, Any] = {}
         self._records: dict[str, dict[str, Any]] = {}
+        self._warm: set[str] = set()
         self._code = code_digest()
         if path is not None and path.exists():
-            self._records = json.loads(path.read_text())["cells"]
+            held = json.loads(path.read_text())
+            if held["code"] == self._code:  # of other code nothing is worth keeping
+                self._records = held["cells"]
+                self.extra = {key: held[key] for key in ("profile",) if key in held}
 
     def measure(self, cells: Sequence[Cell]) -> dict[str, Measurement]:
         """Run a group of contenders in turn, until each has its repeats.
@@ -155,8 +159,9 @@ class Benchmark:
         return runs
 
     def _run_once(self, cell: Cell, known: Measurement | None) -> Measurement:
-        if known is None and self.device.type == "cuda":
-            # Compilation, autotuning, graph capture: paid once per process, not what is compared.
+        if cell.name not in self._warm and self.device.type == "cuda":
+            # Compilation and autotuning are paid once per process: not what is compared.
+            self._warm.add(cell.name)
             self._prepared(cell)
             cell.run()
         self._prepared(cell)

@@ -9,7 +9,7 @@ Contenders, each delivering completions and the teacher's hidden states at their
 - generate + teacher: plain on-policy KD, transformers' `generate` and one teacher forward;
 - GKD: generation as TRL's GKDTrainer does it, as shipped (no KV cache) and with the cache forced on,
   and one teacher forward;
-- ours: the rollout engine at fixed draft lengths G and at `auto` (which has seen one untimed run).
+- ours: the rollout engine at fixed draft lengths G and at `auto`, all after an untimed run.
 
 Acceptance a is simulated, but for the embedded tiny pair's. Naive and batch 1 draft 5 tokens. Random
 pairs never stop before the limit. All contenders that interleave must make the same tokens in float32,

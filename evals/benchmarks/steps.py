@@ -133,7 +133,8 @@ class OurStep:
         step = self._step
         shape = step_shape(
             self.trainer.args,
-            rolls_out=True,
+            source=Source.INTERLEAVED,
+            data_tokens=0,
             prompt_tokens=max(map(len, step.work.prompts.ids)),
             new_tokens=step.max_new,
             rollout_batch_size=None,

@@ -25,44 +25,64 @@ pytestmark = [
 LENGTHS = [1, 40, 7, 2, 23, 33, 12, 17]
 
 
-def roll_out(family: str, graphs: bool, num_draft_tokens: Any = 5, **options: Any) -> Rollout:
+def roll_out(
+    family: str, graphs: bool, num_draft_tokens: Any = 5, max_new: int = 24, **options: Any
+) -> tuple[list[Rollout], list[CausalLM]]:
+    """Two rollouts of one engine, and the views of its models."""
     models = (
         tiny_model(family, seed=1, sharpness=5.0),
         tiny_model(family, seed=2, hidden_size=48, num_layers=3, sharpness=5.0),
     )
-    capture = CudaCapture() if graphs else None
-    lms = (CausalLM(model.cuda(), capture=capture) for model in models)
+    new_capture = CudaCapture if graphs else None
+    lms = [CausalLM(model.cuda(), new_capture=new_capture) for model in models]
     prompts = Prompts(
         tuple(torch.tensor(ids, device="cuda") for ids in random_prompts(5, LENGTHS)),
         row_streams(3, 1, torch.arange(len(LENGTHS))),
-        torch.full((len(LENGTHS),), 24),
+        torch.full((len(LENGTHS),), max_new),
     )
     params = SamplingParams(num_draft_tokens, 220, 0.5, 0.5, 0.2, 1.0, STOP_IDS)
+    engine = RolloutEngine(*lms, **options)
     with torch.no_grad():
-        return RolloutEngine(*lms, **options).interleave(prompts, params)
+        return [engine.interleave(prompts, params) for _ in range(2)], lms
 
 
 @pytest.mark.parametrize("num_draft_tokens", [2, 5, AUTO])
 @pytest.mark.parametrize("family", ["llama", "qwen2_window", "gemma2"])
-def test_graphs_and_haste_change_no_token(family: str, num_draft_tokens: Any) -> None:
-    plain = roll_out(family, graphs=False, patient=True)
-    fast = roll_out(family, graphs=True, num_draft_tokens=num_draft_tokens, fixed_shapes=True)
-    assert torch.equal(plain.completion_ids, fast.completion_ids)
-    assert torch.equal(plain.accepted_mask, fast.accepted_mask)
-    torch.testing.assert_close(plain.teacher_hidden, fast.teacher_hidden, atol=1e-3, rtol=1e-3)
+def test_graphs_and_haste_change_no_token(
+    family: str, num_draft_tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph))
+    )
+    (plain, _), _ = roll_out(family, graphs=False, patient=True)
+    fast, lms = roll_out(family, graphs=True, num_draft_tokens=num_draft_tokens, fixed_shapes=True)
+    assert replays and all(lm.graphs for lm in lms)  # captured, and never given up
+    for rollout in fast:
+        assert torch.equal(plain.completion_ids, rollout.completion_ids)
+        assert torch.equal(plain.accepted_mask, rollout.accepted_mask)
+        torch.testing.assert_close(
+            plain.teacher_hidden, rollout.teacher_hidden, atol=1e-3, rtol=1e-3
+        )
 
 
 def test_a_round_waits_for_the_device_once() -> None:
-    """Beyond it only what happens per rollout, or per row that comes or goes."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as waits:
-            warnings.simplefilter("always")
-            rollout = roll_out("llama", graphs=False, num_draft_tokens=1)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    per_row = 12 * len(LENGTHS)
-    assert rollout.num_rounds <= len(waits) <= rollout.num_rounds + per_row
+    """More rounds, as many more waits: what is done per rollout or per row cancels."""
+
+    def waits(max_new: int) -> tuple[int, int]:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                rollouts, _ = roll_out("llama", False, num_draft_tokens=1, max_new=max_new)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return len(caught), sum(rollout.num_rounds for rollout in rollouts)
+
+    (few, short), (many, long) = waits(24), waits(96)
+    assert long > short
+    assert many - few <= 1.2 * (long - short)
 
 
 def test_memory_is_about_as_predicted(tmp_path: Path) -> None:

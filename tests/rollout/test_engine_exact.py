@@ -238,7 +238,9 @@ def test_no_way_of_going_about_it_changes_a_token(name: str, way: str) -> None:
     case, expected = case_of(name), expected_rows(name)
     options, graphs, num_draft_tokens = WAYS[way]
     capture = TracedCapture() if graphs else None
-    student, teacher = (CausalLM(m, capture=capture) for m in (case.student, case.teacher))
+    student, teacher = (
+        CausalLM(m, new_capture=capture and (lambda: capture)) for m in (case.student, case.teacher)
+    )
     engine = RolloutEngine(student, teacher, **options)
     params = replace(case.params, num_draft_tokens=num_draft_tokens)
     for _ in range(2):  # the second time with what the adaptive draft length has learned

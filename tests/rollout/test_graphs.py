@@ -69,7 +69,7 @@ def numbers(*values: float) -> Tensor:
 
 def test_plain_then_captured_then_replayed() -> None:
     capture, plus = FakeCapture(), Plus()
-    graphed = GraphedForwards(capture, nothing)
+    graphed = GraphedForwards(lambda: capture, nothing)
     seen = []
     for step in range(5):
         a, b = numbers(step, 1.0), numbers(-1.0, step)
@@ -80,7 +80,7 @@ def test_plain_then_captured_then_replayed() -> None:
 
 def test_the_callers_tensors_are_its_own() -> None:
     """Later replays do not write into what was passed in earlier, nor read from it."""
-    graphed, plus = GraphedForwards(FakeCapture(), nothing), Plus()
+    graphed, plus = GraphedForwards(FakeCapture, nothing), Plus()
     passed = [(numbers(step), numbers(10.0 * step)) for step in range(4)]
     for a, b in passed:
         graphed("key", plus, a, b)
@@ -91,7 +91,7 @@ def test_the_callers_tensors_are_its_own() -> None:
 
 def test_keys_have_graphs_of_their_own() -> None:
     capture, plus = FakeCapture(), Plus()
-    graphed = GraphedForwards(capture, nothing)
+    graphed = GraphedForwards(lambda: capture, nothing)
     for step in range(4):
         for size in (1, 3):
             a, b = torch.full((size,), float(step)), torch.arange(float(size))
@@ -100,7 +100,7 @@ def test_keys_have_graphs_of_their_own() -> None:
 
 
 def test_results_of_other_keys_are_left_alone() -> None:
-    graphed, plus = GraphedForwards(FakeCapture(), nothing), Plus()
+    graphed, plus = GraphedForwards(FakeCapture, nothing), Plus()
     for _ in range(3):
         kept = graphed("a", plus, numbers(1.0), numbers(1.0))
     for _ in range(3):
@@ -110,7 +110,7 @@ def test_results_of_other_keys_are_left_alone() -> None:
 
 def test_what_is_forgotten_is_captured_anew() -> None:
     capture, plus = FakeCapture(), Plus()
-    graphed = GraphedForwards(capture, nothing)
+    graphed = GraphedForwards(lambda: capture, nothing)
     for _ in range(3):
         graphed("key", plus, numbers(1.0), numbers(2.0))
     graphed.forget()
@@ -123,7 +123,7 @@ def test_what_is_forgotten_is_captured_anew() -> None:
 
 def test_a_cache_that_moves_forgets_its_graphs() -> None:
     capture, plus = FakeCapture(), Plus()
-    graphed = GraphedForwards(capture, nothing)
+    graphed = GraphedForwards(lambda: capture, nothing)
     cache = SlotCache(num_layers=1, num_rows=4, num_slots=8, graphed=graphed)
     for _ in range(2):
         graphed("key", plus, numbers(1.0), numbers(2.0))
@@ -156,7 +156,7 @@ class FailingCapture(FakeCapture):
 def test_after_a_failure_all_is_plain(good: int, caplog: pytest.LogCaptureFixture) -> None:
     """Other keys too, and those that had been captured: said once, tried once."""
     capture, plus, given_up = FailingCapture(good), Plus(), []
-    graphed = GraphedForwards(capture, lambda: given_up.append(True))
+    graphed = GraphedForwards(lambda: capture, lambda: given_up.append(True))
     with caplog.at_level(logging.WARNING):
         for step in range(5):
             for size in (1, 2, 3):
@@ -175,7 +175,7 @@ def test_an_interrupt_is_no_failure_to_capture() -> None:
     def interrupted(forward: Forward, inputs: tuple[Tensor, ...]) -> tuple[Replay, Tensor]:
         raise KeyboardInterrupt
 
-    graphed, plus = GraphedForwards(interrupted, nothing), Plus()
+    graphed, plus = GraphedForwards(lambda: interrupted, nothing), Plus()
     graphed("key", plus, numbers(1.0), numbers(1.0))
     with pytest.raises(KeyboardInterrupt):
         graphed("key", plus, numbers(1.0), numbers(1.0))
@@ -206,7 +206,7 @@ def test_a_rollout_goes_on_without_graphs(good: int, caplog: pytest.LogCaptureFi
     )
 
     def engine(capture: FailingForwardCapture | None) -> RolloutEngine:
-        lms = (CausalLM(model, capture=capture) for model in models)
+        lms = (CausalLM(model, new_capture=capture and (lambda: capture)) for model in models)
         return RolloutEngine(*lms, fixed_shapes=True)
 
     def rollout(engine: RolloutEngine) -> list[list[int]]:

@@ -86,6 +86,7 @@ def rollout() -> Rollout:
         num_proposed=torch.tensor([8, 5, 5]),
         source=Source.INTERLEAVED,
         num_rounds=3,
+        num_draft_steps=9,
     )
 
 
