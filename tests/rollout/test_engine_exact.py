@@ -340,7 +340,7 @@ def test_the_draft_length_is_only_a_matter_of_speed(name: str) -> None:
         case.engine.interleave(case.batch(), replace(case.params, num_draft_tokens=draft))
         for draft in (1, 3, 4, 7, 24, 100)
     ]
-    free = {"num_proposed", "num_rounds", "teacher_hidden"}
+    free = {"num_proposed", "num_rounds", "num_draft_steps", "teacher_hidden"}
     for run in runs[1:]:
         for field in set(Rollout.__dataclass_fields__) - free:
             before, after = getattr(runs[0], field), getattr(run, field)
