@@ -87,7 +87,7 @@ def mean_comet(triples: Sequence[Translation]) -> float:
         scores = comet_scores(*columns)
     except CometUnavailableError as error:
         LOG.error("COMET is NaN: %s\n%s", error, _kept_for_later(*columns))
-    except Exception:
+    except Exception:  # whatever failed, the translations must outlive it
         LOG.exception("COMET is NaN, because it failed. %s", _kept_for_later(*columns))
     else:
         return sum(scores) / len(scores)

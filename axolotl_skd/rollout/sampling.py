@@ -178,8 +178,8 @@ def sample_from_shortlist(
 def _total_weight(logits: Tensor, top: Tensor, temperature: float, exact: bool) -> Tensor:
     """sum_v exp((logit_v - top) / temperature): float64 [N, 1].
 
-    Unless `exact`, the terms are float32 (nine times as fast at V = 152k): their arguments are rounded
-    by 2^-24 of up to ln V in the terms that matter, far inside `_TOTAL_TOLERANCE`.
+    Unless `exact`, the terms are float32, which is much faster: their arguments are rounded by 2^-24 of
+    up to ln V in the terms that matter, far inside `_TOTAL_TOLERANCE`.
     """
     precise = exact or logits.dtype == torch.float64
     weights = ((logits.double() if precise else logits.float()) - top).div_(temperature)

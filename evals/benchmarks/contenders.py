@@ -7,7 +7,7 @@ a distillation loss needs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -25,25 +25,29 @@ from axolotl_skd.rollout.types import Prompts
 
 
 def naive(work: Work, rate: float | None) -> Cell:
-    params = work.params(PUBLISHED_DRAFT)
-
-    def run() -> Facts:
-        rows = uncached(work.pair, work.prompts, params, PUBLISHED_DRAFT, acceptance(rate))
-        recompute_teacher(work.pair, work.prompts, rows)
-        return _facts(rows)
-
-    return work.cell("naive", run, rate, repeats=1)
+    return _row_by_row(work, rate, "naive", uncached, repeats=1)
 
 
 def batch1(work: Work, rate: float | None) -> Cell:
+    return _row_by_row(work, rate, "batch 1 + teacher", cached_rows, repeats=2)
+
+
+def _row_by_row(
+    work: Work,
+    rate: float | None,
+    name: str,
+    algorithm: Callable[..., Sequence[Sequence[int]]],
+    repeats: int,
+) -> Cell:
+    """One of the forms of Algorithm 1 that know no batch, and a teacher forward per row."""
     params = work.params(PUBLISHED_DRAFT)
 
     def run() -> Facts:
-        rows = cached_rows(work.pair, work.prompts, params, PUBLISHED_DRAFT, acceptance(rate))
+        rows = algorithm(work.pair, work.prompts, params, PUBLISHED_DRAFT, acceptance(rate))
         recompute_teacher(work.pair, work.prompts, rows)
         return _facts(rows)
 
-    return work.cell("batch 1 + teacher", run, rate, repeats=2)
+    return work.cell(name, run, rate, repeats=repeats)
 
 
 def on_policy(work: Work, batch_size: int | None = None, repeats: int | None = None) -> Cell:
