@@ -2,7 +2,8 @@
 
 Ragged rows need a 4-D mask. Stock SDPA answers a mask by repeating keys and values once per query
 head of their group, which for a whole cache costs more than the attention itself; packing the heads
-of a group into the query axis computes the same product on the keys as they are. It is registered beside the stock functions and chosen for the rollout's forwards only.
+of a group into the query axis computes the same product on the keys as they are. It is registered
+beside the stock functions and chosen for the rollout's forwards only.
 
 Legend: B rows, Q queries per row, S visible slots, h query heads, k KV heads, D head size.
 """

@@ -33,12 +33,11 @@ from axolotl_skd.rollout.draft_length import (
     RoundReport,
 )
 from axolotl_skd.rollout.flight import Committed, Flight, Proposal, group_prompts
+from axolotl_skd.rollout.haste import Haste, RoundSampler
 from axolotl_skd.rollout.lm import LanguageModel
 from axolotl_skd.rollout.sampling import (
     NonFiniteLogitsError,
     Role,
-    sample_from_shortlist,
-    sample_top_p,
 )
 from axolotl_skd.rollout.stopwatch import Stopwatch
 from axolotl_skd.rollout.types import AUTO, Prompts, Rollout, SamplingParams, Source
@@ -81,7 +80,7 @@ class RolloutEngine:
         self._accept = accept
         self._rollout_batch_size = rollout_batch_size
         self._fixed_shapes = fixed_shapes
-        self._haste = _Haste(never=student.device.type == "cpu" if patient is None else patient)
+        self._haste = Haste(never=student.device.type == "cpu" if patient is None else patient)
         self._adaptive = AdaptiveDraftLength()
 
     def interleave(self, prompts: Prompts, params: SamplingParams) -> Rollout:
@@ -131,7 +130,7 @@ class RolloutEngine:
         top_p = params.student_top_p if by_student else params.teacher_top_p
 
         def advance(flight: Flight, caches: Sequence[Any]) -> None:
-            def propose(sampler: _Sampler) -> Proposal:
+            def propose(sampler: RoundSampler) -> Proposal:
                 hidden = lm.forward(
                     flight.pending[:, None], flight.positions(1), caches[0], flight.longest
                 )
@@ -183,14 +182,14 @@ class RolloutEngine:
     def _settle(
         self,
         flight: Flight,
-        propose: Callable[[_Sampler], Proposal],
+        propose: Callable[[RoundSampler], Proposal],
         watch: Stopwatch | None = None,
     ) -> Committed:
         """Propose and commit: in haste, and once more with patience where haste was not enough."""
         attempts = (True,) if self._haste.given_up() else (False, True)
         for patient in attempts:
             try:
-                verdict = flight.judge(propose(_Sampler(patient, flight.live)))
+                verdict = flight.judge(propose(RoundSampler(patient, flight.live)))
             except NonFiniteLogitsError as error:
                 # Rows of the rollout, not seats.
                 raise NonFiniteLogitsError(flight.rows_at(error.rows)) from error
@@ -209,7 +208,7 @@ class RolloutEngine:
         caches: Sequence[Any],
         num_draft: int,
         params: SamplingParams,
-        sampler: _Sampler,
+        sampler: RoundSampler,
         watch: Stopwatch,
     ) -> Proposal:
         """Draft, verify, replace, once for all rows in flight."""
@@ -241,7 +240,7 @@ class RolloutEngine:
         cache: Any,
         uniforms: Tensor,
         params: SamplingParams,
-        sampler: _Sampler,
+        sampler: RoundSampler,
     ) -> tuple[Tensor, Tensor]:
         """What was fed to the student and what it proposes: both int64 [R, G]."""
         num_draft = uniforms.shape[1]
@@ -263,7 +262,7 @@ class RolloutEngine:
         drafts: Tensor,
         uniforms: Tensor,
         params: SamplingParams,
-        sampler: _Sampler,
+        sampler: RoundSampler,
     ) -> tuple[Tensor, Tensor]:
         """Keep the proposals up to the first that the teacher refuses, replace that one.
 
@@ -315,60 +314,6 @@ class RolloutEngine:
         if self.teacher is None:
             raise ValueError("this rollout needs a teacher, and the engine was built without one")
         return self.teacher
-
-
-class _Sampler:
-    """Samples of one round: each looked at on the spot, or all at once by `settled`."""
-
-    def __init__(self, patient: bool, live: Tensor) -> None:
-        """
-        Args:
-            patient: look at each.
-            live: bool [R], whose samples count.
-        """
-        self._patient = patient
-        self._empty = ~live
-        self._settled = live.new_ones(())
-
-    @property
-    def settled(self) -> Tensor:
-        """bool [], True if every token is the one of the whole vocabulary."""
-        return self._settled
-
-    def __call__(
-        self, logits: Tensor, temperature: float, top_p: float, uniforms: Tensor
-    ) -> Tensor:
-        """As `sample_top_p`."""
-        if self._patient:
-            return sample_top_p(logits, temperature, top_p, uniforms)
-        tokens, settled = sample_from_shortlist(logits, temperature, top_p, uniforms)
-        self._settled = self._settled & (settled.to(self._empty.device) | self._empty).all()
-        return tokens
-
-
-class _Haste:
-    """Whether a round is worth trying in haste: less and less often while that keeps failing."""
-
-    _LONGEST_PAUSE = 64
-
-    def __init__(self, never: bool) -> None:
-        self._never = never
-        self._rounds_to_pause, self._pause = 0, 1
-
-    def given_up(self) -> bool:
-        """For this round; asked once a round."""
-        if self._rounds_to_pause:
-            self._rounds_to_pause -= 1
-            return True
-        return self._never
-
-    def told(self, enough: bool) -> None:
-        """How an attempt went."""
-        if enough:
-            self._pause = 1
-            return
-        self._rounds_to_pause = self._pause
-        self._pause = min(2 * self._pause, self._LONGEST_PAUSE)
 
 
 def _next_power_of_two(number: int) -> int:

@@ -12,8 +12,8 @@ import torch
 from steps import OurStep
 
 from axolotl_skd import trainer as trainer_module
-from axolotl_skd.rollout import engine as engine_module
 from axolotl_skd.rollout import flight as flight_module
+from axolotl_skd.rollout import haste as haste_module
 
 LOSS = "loss through the heads"
 
@@ -82,8 +82,8 @@ def profile_step(step: OurStep, device: torch.device) -> dict[str, float]:
         (student, "logits", head_of("student")),
         (teacher, "logits", head_of("teacher")),
         (step.engine, "_accept", "rollout: acceptance test"),
-        (engine_module, "sample_top_p", "rollout: sampling"),
-        (engine_module, "sample_from_shortlist", "rollout: sampling"),
+        (haste_module, "sample_top_p", "rollout: sampling"),
+        (haste_module, "sample_from_shortlist", "rollout: sampling"),
         (flight_module, "keyed_uniform", "rollout: random numbers"),
         (student, "wrapped_states", "student forward"),
         (trainer_module, "fused_token_loss", LOSS),

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import PreTrainedModel
 
-from axolotl_skd.rollout import engine as engine_module
+from axolotl_skd.rollout import haste as haste_module
 from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.graphs import Forward, Replay
 from axolotl_skd.rollout.lm import CausalLM
@@ -280,9 +280,9 @@ def test_a_round_in_haste_is_repeated_where_the_shortlist_was_too_short(
 
     batch = case_of("llama").batch()
     expected = rows_of(RolloutEngine(*models).interleave(batch, params))
-    monkeypatch.setattr(engine_module, "sample_top_p", counted("patient", sample_top_p))
+    monkeypatch.setattr(haste_module, "sample_top_p", counted("patient", sample_top_p))
     monkeypatch.setattr(
-        engine_module, "sample_from_shortlist", counted("hasty", sample_from_shortlist)
+        haste_module, "sample_from_shortlist", counted("hasty", sample_from_shortlist)
     )
     assert rows_of(RolloutEngine(*models, patient=False).interleave(batch, params)) == expected
     assert calls["hasty"] > 0 and calls["patient"] > 0

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from axolotl_skd.rollout import engine as engine_module
+from axolotl_skd.rollout import haste as haste_module
 from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.flight import Committed, Flight, Proposal, group_prompts
 from axolotl_skd.rollout.lm import CausalLM
@@ -498,7 +499,7 @@ def hasty_rounds(
     """
     tried: list[int] = []
     student = ScriptedLM(count_up)
-    sample = engine_module.sample_from_shortlist
+    sample = haste_module.sample_from_shortlist
 
     def in_haste(*args: Any) -> tuple[Tensor, Tensor]:
         tokens, _ = sample(*args)
@@ -507,7 +508,7 @@ def hasty_rounds(
         good = enough(number)
         return (tokens if good else tokens + 1), torch.full_like(tokens, good, dtype=torch.bool)
 
-    monkeypatch.setattr(engine_module, "sample_from_shortlist", in_haste)
+    monkeypatch.setattr(haste_module, "sample_from_shortlist", in_haste)
     engine = RolloutEngine(student, patient=False)
     result = engine.sample_student(batch([[0]], [num_rounds]), params_of(1))
     assert completions(result) == [[(i + 1) % 50 for i in range(num_rounds)]]
@@ -536,14 +537,14 @@ def test_haste_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_empty_seat_does_not_spoil_the_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its samples are nobody's: three rows in four seats, then one row in one."""
     calls = []
-    sample = engine_module.sample_from_shortlist
+    sample = haste_module.sample_from_shortlist
 
     def in_haste(*args: Any) -> tuple[Tensor, Tensor]:
         tokens, settled = sample(*args)
         calls.append(len(tokens))
         return tokens, settled & (torch.arange(len(tokens)) < 3)
 
-    monkeypatch.setattr(engine_module, "sample_from_shortlist", in_haste)
+    monkeypatch.setattr(haste_module, "sample_from_shortlist", in_haste)
     engine = RolloutEngine(ScriptedLM(count_up), patient=False, fixed_shapes=True)
     result = engine.sample_student(batch([[1], [2], [3]], [4, 6, 4]), params_of(1))
     assert completions(result) == [[2, 3, 4, 5], [3, 4, 5, 6, 7, 8], [4, 5, 6, 7]]
