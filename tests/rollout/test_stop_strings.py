@@ -103,7 +103,7 @@ ALPHABETS = {
     letters: (range(4), ["abca", "dd", "bbbbb"]),
     utf8: ("aé!€ ".encode(), ["é!", "€€", "a €", "!!!"]),
     numbers: (range(12), ["3 1", "11 11", " 7 7 "]),
-    tiny_text: (range(20, 60), ["ab", " 1", "\n"]),
+    tiny_text: (range(262, 330), ["st", "ow i", "manym", "ee"]),
 }
 
 
@@ -189,7 +189,7 @@ def test_counts_of_the_cut_rows() -> None:
 
 
 def test_a_row_in_a_used_seat_starts_with_no_text() -> None:
-    """One seat: row 1 begins with 21 after row 0 ended in 3 4 5 2? "5 21" is never found."""
+    """One seat: row 0 ends with 5, row 1 begins with 21, and "5 21" is never found."""
     result = rollout(["5", "5 21"], 3, rollout_batch_size=1)
     assert completions(result) == [[3, 4, 5], [21, 22, 23, 24, 25]]
 
@@ -206,7 +206,7 @@ def test_one_model_alone_stops_too(method: str) -> None:
 
 # --- the engine, by the oracle ----------------------------------------------------------------
 
-STRINGS = ["q", "ee", "xyz", "h"]
+STRINGS = ["q", "ee", "jz", "tg", "s"]
 
 
 @cache
