@@ -47,9 +47,9 @@ def test_every_rule_and_switch_changes_the_rollouts(pair: Path, tmp_path: Path) 
     settings: list[dict[str, Any]] = [
         {},
         {"acceptance": "top_p", "teacher_top_k": 25, "acceptance_top_p": 0.5},
-        {"acceptance": "top_p", "teacher_top_k": 25, "acceptance_top_p": 0.9},
+        {"acceptance": "top_p", "teacher_top_k": 25, "acceptance_top_p": 0.8},
         {"acceptance": "min_p", "teacher_top_k": 25, "acceptance_min_p": 0.5},
-        {"acceptance": "min_p", "teacher_top_k": 25, "acceptance_min_p": 0.01},
+        {"acceptance": "min_p", "teacher_top_k": 25, "acceptance_min_p": 0.1},
         {"acceptance": "speculative", "teacher_top_k": 25},
         {"replacement": "argmax"},
         {"bonus_token": True, "teacher_top_k": 500},
