@@ -13,7 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from axolotl_skd.config import Distillation, TeacherConfig
+from axolotl_skd.callbacks import TopKStateCallback
+from axolotl_skd.config import Distillation, RolloutConfig, TeacherConfig, TopKTarget
 from axolotl_skd.losses.divergences import get_divergence
 from axolotl_skd.memory import Forecast, forecast, step_shape
 from axolotl_skd.methods import LossRecipe, Share
@@ -24,12 +25,15 @@ from axolotl_skd.preflight import (
     sampling_params,
     warn_of_unknown_tokens,
 )
+from axolotl_skd.rollout.acceptance import ACCEPTANCE_RULES
 from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.graphs import Capture, CudaCapture
 from axolotl_skd.rollout.lm import CausalLM, probed_lm, rollout_mode
+from axolotl_skd.rollout.stop_strings import StopStrings
 from axolotl_skd.rollout.types import SamplingParams, Source
 from axolotl_skd.sources import CompletionSource, DatasetSource, RolloutSource
 from axolotl_skd.teacher import load_teacher
+from axolotl_skd.top_k import ScheduledTopK, TargetAcceptance, TopKPolicy
 from axolotl_skd.trainer import DistillationTrainer, Distiller, base_causal_lm
 from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
 
@@ -146,6 +150,8 @@ def _source(
     engine = RolloutEngine(
         student,
         teacher,
+        accept=ACCEPTANCE_RULES[distillation.rollout.acceptance],
+        stop_strings=_stop_strings(trainer, distillation.rollout),
         rollout_batch_size=distillation.rollout.rollout_batch_size,
         fixed_shapes=student.graphs,
     )
@@ -164,7 +170,41 @@ def _source(
         seed=seed if distillation.seed is None else distillation.seed,
         pad_token_id=collator.pad_token_id,
         pad_to_multiple_of=collator.pad_to_multiple_of,
+        top_k=_top_k(trainer, distillation, student.vocab_size),
     )
+
+
+def _stop_strings(trainer: DistillationTrainer, rollout: RolloutConfig) -> StopStrings | None:
+    if not rollout.stop_strings:
+        return None
+    decode = partial(
+        trainer.processing_class.decode,
+        skip_special_tokens=False,
+        clean_up_tokenization_spaces=False,
+    )
+    return StopStrings(rollout.stop_strings, decode)
+
+
+def _top_k(
+    trainer: DistillationTrainer, distillation: Distillation, vocab_size: int
+) -> TopKPolicy | None:
+    """K of each step, None where the method or the acceptance rule knows none."""
+    rollout = distillation.rollout
+    if distillation.method_row.source is not Source.INTERLEAVED or rollout.acceptance != "top_k":
+        return None
+    top_k, accelerator = rollout.teacher_top_k, trainer.accelerator
+    if isinstance(top_k, int):
+        return ScheduledTopK(top_k, top_k)
+    if not isinstance(top_k, TopKTarget):
+        return ScheduledTopK(top_k.start, top_k.end, top_k.schedule)
+    controller = TargetAcceptance(
+        top_k.target_acceptance,
+        top_k.start,
+        vocab_size,
+        lambda counts: accelerator.reduce(counts.to(accelerator.device), reduction="sum"),
+    )
+    trainer.add_callback(TopKStateCallback(controller))
+    return controller
 
 
 def _new_capture(

@@ -10,9 +10,19 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from axolotl_skd.methods import Method, get_method
+
+PAPER_TOP_K = 25
 
 
 class _Block(BaseModel):
@@ -78,6 +88,53 @@ class TeacherConfig(_Block):
         return self
 
 
+class TopKSchedule(_Block):
+    """`distillation.rollout.teacher_top_k: {start, end, schedule}`"""
+
+    start: int = Field(..., ge=1, description="K of the first step.")
+    end: int = Field(..., ge=1, description="K that the last steps approach.")
+    schedule: Literal["linear", "cosine"] = Field(
+        "linear", description="Along which curve, over the share of steps done."
+    )
+
+    @property
+    def largest(self) -> int:
+        return max(self.start, self.end)
+
+
+class TopKTarget(_Block):
+    """`distillation.rollout.teacher_top_k: {target_acceptance}`"""
+
+    target_acceptance: float = Field(
+        ..., ge=0, le=1, description="Acceptance rate at which K is held."
+    )
+    start: int = Field(PAPER_TOP_K, ge=1, description="K of the first step.")
+
+    @property
+    def largest(self) -> int:
+        return self.start
+
+
+def _kind_of_top_k(value: Any) -> str:
+    """Which member of the union is meant, so that errors speak of that one alone."""
+    if isinstance(value, (TopKSchedule, TopKTarget)):
+        return "schedule" if isinstance(value, TopKSchedule) else "target"
+    if not isinstance(value, Mapping):
+        return "constant"
+    scheduled = "target_acceptance" not in value and any(
+        key in value for key in TopKSchedule.model_fields
+    )
+    return "schedule" if scheduled else "target"
+
+
+TopK = Annotated[
+    Annotated[int, Field(ge=1), Tag("constant")]
+    | Annotated[TopKSchedule, Tag("schedule")]
+    | Annotated[TopKTarget, Tag("target")],
+    Discriminator(_kind_of_top_k),
+]
+
+
 class RolloutConfig(_Block):
     """`distillation.rollout`"""
 
@@ -88,7 +145,7 @@ class RolloutConfig(_Block):
     num_draft_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="G, tokens that the student proposes per teacher verification; `auto` measures "
-        "which is fastest. It never changes a token.",
+        "which is fastest. It never changes a token (but see `bonus_token`).",
     )
     rollout_batch_size: int | None = Field(
         None,
@@ -99,8 +156,37 @@ class RolloutConfig(_Block):
     cuda_graphs: bool = Field(
         False, description="Replay decoding forwards as CUDA graphs (unmeasured; falls back)."
     )
-    teacher_top_k: int = Field(
-        25, ge=1, description="K: a proposal among the teacher's top K raw logits is accepted."
+    acceptance: Literal["top_k", "top_p", "min_p", "speculative"] = Field(
+        "top_k",
+        description="Which proposals the teacher keeps; `top_k` is SKD, `speculative` the ratio test "
+        "that samples as the teacher alone would.",
+    )
+    teacher_top_k: TopK = Field(
+        PAPER_TOP_K,
+        description="K: a proposal among the teacher's top K raw logits is accepted. Over the run "
+        "`{start, end}` goes from one K to another, `{target_acceptance}` holds that acceptance rate.",
+    )
+    acceptance_top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="`acceptance: top_p`: a proposal in the teacher's nucleus of this mass, at "
+        "temperature 1, is accepted.",
+    )
+    acceptance_min_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="`acceptance: min_p`: a proposal of at least this share of the teacher's largest "
+        "probability, at temperature 1, is accepted.",
+    )
+    replacement: Literal["sample", "argmax"] = Field(
+        "sample", description="What takes the place of a rejected proposal, from the teacher."
+    )
+    bonus_token: bool = Field(
+        False,
+        description="After a wholly accepted proposal one token more, from the teacher (not in the "
+        "paper; needs a fixed `num_draft_tokens`, which then changes tokens).",
     )
     student_temperature: float = Field(0.5, gt=0, description="Divides the student's logits.")
     student_top_p: float = Field(0.5, gt=0, le=1, description="Nucleus of the student's proposals.")
@@ -109,6 +195,50 @@ class RolloutConfig(_Block):
     stop_token_ids: tuple[int, ...] = Field(
         (), description="End a completion, beside the EOS and Axolotl's `eot_tokens`."
     )
+    stop_strings: tuple[str, ...] = Field(
+        (), description="Texts that end a completion at the token that completes one of them."
+    )
+
+    @field_validator("stop_strings")
+    @classmethod
+    def _texts_that_can_be_found(cls, strings: tuple[str, ...]) -> tuple[str, ...]:
+        for string in strings:
+            if not string or "\ufffd" in string:
+                raise ValueError(
+                    f"stop_strings: {string!r} cannot be looked for in decoded text (it is empty, or "
+                    "holds the character that stands for half a character). Remove it."
+                )
+        return strings
+
+    @model_validator(mode="after")
+    def _acceptance_is_complete(self) -> RolloutConfig:
+        for rule, key in (("top_p", "acceptance_top_p"), ("min_p", "acceptance_min_p")):
+            value = getattr(self, key)
+            if self.acceptance == rule and value is None:
+                raise ValueError(f"acceptance: {rule} needs {key}, which is not set.")
+            if self.acceptance != rule and value is not None:
+                raise ValueError(
+                    f"{key}: {value:g} has no effect with acceptance: {self.acceptance}. Remove it, or "
+                    f"set acceptance: {rule}."
+                )
+        if self.acceptance != "top_k" and self.teacher_top_k != PAPER_TOP_K:
+            raise ValueError(
+                f"teacher_top_k has no effect with acceptance: {self.acceptance}. Remove it, or set "
+                "acceptance: top_k."
+            )
+        if self.acceptance == "speculative" and self.replacement == "argmax":
+            raise ValueError(
+                "replacement: argmax with acceptance: speculative would no longer sample as the "
+                "teacher does, which is all that the ratio test is for. Set replacement: sample, or "
+                "another acceptance."
+            )
+        if self.bonus_token and self.num_draft_tokens == "auto":
+            raise ValueError(
+                "bonus_token: true puts a token of the teacher's behind every wholly accepted "
+                "proposal, so the tokens depend on the draft length, and num_draft_tokens: auto "
+                "chooses that by the clock. Set num_draft_tokens to a number (the paper's is 5)."
+            )
+        return self
 
 
 class LossConfig(_Block):

@@ -25,11 +25,17 @@ def key_table() -> str:
 
 def _leaves(block: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in block.model_fields.items():
-        nested = [a for a in (field.annotation, *get_args(field.annotation)) if _is_block(a)]
-        if nested:
-            yield from _leaves(nested[0], f"{prefix}{name}.")
+        nested = _block(field.annotation)
+        if nested is not None:
+            yield from _leaves(nested, f"{prefix}{name}.")
         else:
             yield prefix + name, field
+
+
+def _block(annotation: Any) -> type[BaseModel] | None:
+    """The block that an annotation stands for, None if it allows for anything else but its absence."""
+    members = [a for a in (get_args(annotation) or (annotation,)) if a is not type(None)]
+    return members[0] if len(members) == 1 and _is_block(members[0]) else None
 
 
 def _is_block(annotation: Any) -> bool:
@@ -55,7 +61,10 @@ def _bounds(field: FieldInfo) -> str:
 def _type_name(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:  # a bounded member of a union
-        return _type_name(arguments[0]) + "".join(map(_bounds, arguments[1:]))
+        fields = [extra for extra in arguments[1:] if isinstance(extra, FieldInfo)]
+        return _type_name(arguments[0]) + "".join(map(_bounds, fields))
+    if _is_block(annotation):
+        return "`{" + ", ".join(annotation.model_fields) + "}`"
     if origin is Literal:
         return " / ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):

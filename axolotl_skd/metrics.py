@@ -51,19 +51,20 @@ class Counters:
 def rollout_metrics(rollout: Rollout | None, source: Source, seconds: float) -> dict[str, Ratio]:
     """What a rollout says of itself; the same names where no row of the window was rolled out.
 
-    Without a bonus token every committed token of an interleaved rollout is one verified proposal,
-    kept or replaced; proposals behind the first rejected one are never verified.
+    Every committed token of an interleaved rollout but a bonus token is one verified proposal, kept
+    or replaced; proposals behind the first rejected one are never verified.
 
     Args:
         rollout: of one accumulation window, None if it has none.
         source: which model(s) would have sampled.
         seconds: wall-clock time that it took on this rank.
     """
-    rows = tokens = truncated = accepted = proposed = steps = rounds = 0
+    rows = tokens = truncated = accepted = verified = proposed = steps = rounds = 0
     if rollout is not None:
         rows, tokens = len(rollout.finish_reasons), int(rollout.completion_mask.sum())
         truncated = int((rollout.finish_reasons == FinishReason.LENGTH).sum())
         accepted, proposed = int(rollout.accepted_mask.sum()), int(rollout.num_proposed.sum())
+        verified = int((rollout.proposed_ids >= 0).sum())
         steps, rounds = rollout.num_draft_steps, rollout.num_rounds
     metrics: dict[str, Ratio] = {
         "rollout/length": (tokens, rows),
@@ -72,7 +73,7 @@ def rollout_metrics(rollout: Rollout | None, source: Source, seconds: float) -> 
         "rollout/seconds": (seconds, 1),
     }
     if source is Source.INTERLEAVED:
-        metrics["skd/acceptance_rate"] = (accepted, tokens)
+        metrics["skd/acceptance_rate"] = (accepted, verified)
         metrics["rollout/draft_efficiency"] = (tokens, proposed)
         metrics["rollout/draft_length"] = (steps, rounds)
     return metrics

@@ -242,10 +242,13 @@ def warn_of_unknown_tokens(shared: SharedVocabulary) -> None:
 
 def check_top_k(distillation: Distillation, shared: SharedVocabulary) -> None:
     """K beyond the vocabulary would accept everything, which is another method."""
+    rollout = distillation.rollout
     verifies = distillation.method_row.source is Source.INTERLEAVED
-    if verifies and distillation.rollout.teacher_top_k > shared.size:
+    top_k = rollout.teacher_top_k
+    largest = top_k if isinstance(top_k, int) else top_k.largest
+    if verifies and rollout.acceptance == "top_k" and largest > shared.size:
         raise ConfigConflictError(
-            f"distillation.rollout.teacher_top_k is {distillation.rollout.teacher_top_k}, but the "
+            f"distillation.rollout.teacher_top_k is {top_k}, but the "
             f"shared vocabulary has {shared.size} tokens. Set 1 to {shared.size}; to accept every "
             "proposal use method: on_policy_kd."
         )
@@ -329,14 +332,19 @@ def stop_set(
 
 
 def sampling_params(distillation: Distillation, stop_token_ids: tuple[int, ...]) -> SamplingParams:
-    """The engine's view of `distillation.rollout`."""
+    """The engine's view of `distillation.rollout`; a K that changes over the run is the first one."""
     rollout = distillation.rollout
+    top_k = rollout.teacher_top_k
     return SamplingParams(
         num_draft_tokens=rollout.num_draft_tokens,
-        teacher_top_k=rollout.teacher_top_k,
+        teacher_top_k=top_k if isinstance(top_k, int) else top_k.start,
         student_temperature=rollout.student_temperature,
         student_top_p=rollout.student_top_p,
         teacher_temperature=rollout.teacher_temperature,
         teacher_top_p=rollout.teacher_top_p,
         stop_token_ids=stop_token_ids,
+        acceptance_top_p=rollout.acceptance_top_p,
+        acceptance_min_p=rollout.acceptance_min_p,
+        replacement=rollout.replacement,
+        bonus_token=rollout.bonus_token,
     )

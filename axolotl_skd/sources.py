@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,7 @@ from axolotl_skd.rollout.sampling import (
     row_streams,
 )
 from axolotl_skd.rollout.types import Prompts, Rollout, SamplingParams, Source
+from axolotl_skd.top_k import TopKPolicy
 
 Batch = dict[str, Any]
 """`DistillationCollator`'s batch, plus `stored_hidden` where a rollout kept the teacher's states."""
@@ -85,6 +86,7 @@ class RolloutSource:
         seed: int,
         pad_token_id: int,
         pad_to_multiple_of: int | None,
+        top_k: TopKPolicy | None = None,
     ) -> None:
         """
         Args:
@@ -95,6 +97,7 @@ class RolloutSource:
             max_new_tokens: longest completion.
             seed: of the keyed random numbers.
             pad_token_id, pad_to_multiple_of: as in `pad_rows`.
+            top_k: K of each step, None where no top-K test is made.
         """
         self._sample = sample
         self._source = source
@@ -104,11 +107,14 @@ class RolloutSource:
         self._seed = seed
         self._pad_token_id = pad_token_id
         self._pad_to_multiple_of = pad_to_multiple_of
+        self._top_k = top_k
 
     def complete(
         self, batches: Sequence[Batch], epoch: int, progress: float
     ) -> tuple[list[Batch], dict[str, Ratio]]:
         started = time.perf_counter()
+        if self._top_k is not None:
+            self._params = replace(self._params, teacher_top_k=self._top_k.choose(progress))
         streams = [row_streams(self._seed, epoch, batch["sample_ids"]) for batch in batches]
         chosen = [self._choose(rows, progress) for rows in streams]
         rollout = self._roll_out(batches, streams, chosen)
@@ -120,6 +126,9 @@ class RolloutSource:
             start = stop
         metrics = rollout_metrics(rollout, self._source, time.perf_counter() - started)
         metrics["rollout/share"] = (start, sum(len(rows) for rows in chosen))
+        if self._top_k is not None:
+            metrics["skd/teacher_top_k"] = (self._params.teacher_top_k, 1)
+            self._top_k.observe(*metrics["skd/acceptance_rate"])
         return completed, metrics
 
     def _choose(self, streams: Tensor, progress: float) -> Tensor:

@@ -25,6 +25,8 @@ from axolotl_skd.config import (
     LossConfig,
     RolloutConfig,
     TeacherConfig,
+    TopKSchedule,
+    TopKTarget,
     read_distillation,
 )
 from axolotl_skd.losses.divergences import DIVERGENCES
@@ -57,12 +59,18 @@ def test_defaults_are_the_papers() -> None:
         "num_draft_tokens": "auto",  # which changes no token of the paper's 5
         "rollout_batch_size": None,
         "cuda_graphs": False,
+        "acceptance": "top_k",
         "teacher_top_k": 25,
+        "acceptance_top_p": None,
+        "acceptance_min_p": None,
+        "replacement": "sample",
+        "bonus_token": False,
         "student_temperature": 0.5,
         "student_top_p": 0.5,
         "teacher_temperature": 0.2,
         "teacher_top_p": 1.0,
         "stop_token_ids": (),
+        "stop_strings": (),
     }
     assert not block.teacher.load_in_4bit and not block.teacher.load_in_8bit
     assert block.teacher.dtype == "auto"
@@ -129,6 +137,91 @@ def test_other_values_out_of_bounds_are_refused_where_they_stand(keys: Any, wher
     assert where in refusal(**keys)
 
 
+# Acceptance
+
+
+@pytest.mark.parametrize(
+    ("rollout", "words"),
+    [
+        ({"acceptance": "top_p"}, "acceptance: top_p needs acceptance_top_p"),
+        ({"acceptance": "min_p"}, "acceptance: min_p needs acceptance_min_p"),
+        ({"acceptance_top_p": 0.9}, "acceptance_top_p: 0.9 has no effect with acceptance: top_k"),
+        (
+            {"acceptance": "speculative", "acceptance_min_p": 0.1},
+            "acceptance_min_p: 0.1 has no effect with acceptance: speculative",
+        ),
+        (
+            {"acceptance": "speculative", "teacher_top_k": 5},
+            "teacher_top_k has no effect with acceptance: speculative",
+        ),
+        (
+            {"acceptance": "speculative", "teacher_top_k": {"target_acceptance": 0.8}},
+            "teacher_top_k has no effect",
+        ),
+        (
+            {"acceptance": "speculative", "replacement": "argmax"},
+            "would no longer sample as the teacher does",
+        ),
+        ({"bonus_token": True}, "Set num_draft_tokens to a number (the paper's is 5)"),
+        ({"acceptance": "topk"}, "rollout.acceptance"),
+        ({"acceptance": "top_p", "acceptance_top_p": 0}, "rollout.acceptance_top_p"),
+        ({"acceptance": "min_p", "acceptance_min_p": 1.1}, "rollout.acceptance_min_p"),
+        ({"replacement": "greedy"}, "rollout.replacement"),
+        ({"stop_strings": [""]}, "'' cannot be looked for in decoded text"),
+        ({"stop_strings": ["\ufffd"]}, "cannot be looked for in decoded text"),
+        ({"stop_strings": "END"}, "rollout.stop_strings"),
+    ],
+)
+def test_acceptance_says_what_is_missing_or_in_vain(rollout: dict[str, Any], words: str) -> None:
+    assert words in refusal(rollout=rollout)
+
+
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        {"acceptance": "top_p", "acceptance_top_p": 1},
+        {"acceptance": "min_p", "acceptance_min_p": 0.05, "replacement": "argmax"},
+        {"acceptance": "speculative", "bonus_token": True, "num_draft_tokens": 5},
+        {"stop_strings": ["\n\n", "END"]},
+        {"teacher_top_k": {"start": 50, "end": 5}},
+        {"teacher_top_k": {"start": 50, "end": 5, "schedule": "cosine"}},
+        {"teacher_top_k": {"target_acceptance": 0.8}},
+        {"teacher_top_k": {"target_acceptance": 0, "start": 7}},
+    ],
+)
+def test_acceptance_survives_axolotls_dictionaries(rollout: dict[str, Any]) -> None:
+    args = DistillationArgs.model_validate({"distillation": {**MINIMAL, "rollout": rollout}})
+    cfg = DictDefault(args.model_dump(exclude_none=True))
+    assert read_distillation(cfg) == args.distillation
+    for key, value in rollout.items():
+        got = getattr(args.distillation.rollout, key)
+        got = got.model_dump() if isinstance(got, BaseModel) else got
+        assert (
+            got == value
+            or (isinstance(value, dict) and value.items() <= got.items())
+            or (list(got) == value)
+        )
+
+
+@pytest.mark.parametrize(
+    ("top_k", "words"),
+    [
+        ({"start": 3}, "teacher_top_k.schedule.end"),
+        ({"start": 0, "end": 3}, "teacher_top_k.schedule.start"),
+        ({"start": 1, "end": 3, "schedule": "step"}, "teacher_top_k.schedule.schedule"),
+        ({"start": 1, "ende": 3}, "unknown key 'ende'. Did you mean 'end'?"),
+        ({"target_acceptance": 1.1}, "teacher_top_k.target.target_acceptance"),
+        ({"target_acceptance": 0.8, "start": 0}, "teacher_top_k.target.start"),
+        ({"target_acceptence": 0.8}, "Did you mean 'target_acceptance'?"),
+        ({"target_acceptance": 0.8, "end": 3}, "unknown key 'end'"),
+        ({}, "teacher_top_k.target.target_acceptance"),
+    ],
+)
+def test_a_k_that_changes_is_refused_where_it_is_wrong(top_k: dict[str, Any], words: str) -> None:
+    message = refusal(rollout={"teacher_top_k": top_k})
+    assert words in message and message.count("Value error") + message.count("[type=") <= 2
+
+
 def test_both_quantisations_at_once_are_refused() -> None:
     message = refusal(teacher={"base_model": "t", "load_in_4bit": True, "load_in_8bit": True})
     assert "load_in_4bit and load_in_8bit are both true: set one of them" in message
@@ -176,7 +269,6 @@ def test_an_unknown_key_is_answered_with_the_nearest(keys: Any, wrong: str, near
     [
         {"loss": {"kd_weight": 1.0}},
         {"teacher": {"base_model": "t", "adapter": "x"}},
-        {"rollout": {"bonus_token": True}},
         {"rollout": {"accept": "top_p"}},
         {"rollout": {"num_rollouts": 2}},
     ],
@@ -194,6 +286,7 @@ def test_a_block_must_be_a_block(block: str, value: Any) -> None:
 
 def blocks() -> Iterator[type[BaseModel]]:
     yield from (DistillationArgs, Distillation, TeacherConfig, RolloutConfig, EvalConfig)
+    yield from (TopKSchedule, TopKTarget)
 
 
 @pytest.mark.parametrize("block", blocks(), ids=lambda block: block.__name__)

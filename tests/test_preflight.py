@@ -287,6 +287,18 @@ def test_k_is_compared_with_what_both_share() -> None:
         check_top_k(distillation(teacher_top_k=11), shared)
 
 
+@pytest.mark.parametrize(
+    "top_k",
+    [{"start": 1, "end": 11}, {"start": 11, "end": 1}, {"target_acceptance": 1, "start": 11}],
+)
+def test_no_k_of_the_run_may_lie_beyond(top_k: dict[str, Any]) -> None:
+    shared = SharedVocabulary(size=10, student_size=12, teacher_size=10, student_only=())
+    with pytest.raises(ConfigConflictError, match="11.*shared vocabulary has 10 tokens"):
+        check_top_k(distillation(teacher_top_k=top_k), shared)
+    # Rules without a K do not care about its default of 25.
+    check_top_k(distillation(acceptance="speculative"), shared)
+
+
 @pytest.mark.parametrize("name", ["no/such-teacher", "{tmp_path}"])
 def test_a_teacher_that_cannot_be_read(
     name: str, pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -378,6 +390,8 @@ def test_the_engine_gets_the_blocks_sampling() -> None:
         student_top_p=0.5,
         teacher_temperature=0.6,
         teacher_top_p=0.7,
+        replacement="argmax",
+        bonus_token=True,
     )
     params = sampling_params(block, (0, 9))
     for name in (
@@ -387,6 +401,22 @@ def test_the_engine_gets_the_blocks_sampling() -> None:
         "student_top_p",
         "teacher_temperature",
         "teacher_top_p",
+        "replacement",
+        "bonus_token",
     ):
         assert getattr(params, name) == getattr(block.rollout, name)
     assert params.stop_token_ids == (0, 9)
+
+
+def test_the_engine_gets_what_belongs_to_the_rule() -> None:
+    by_mass = distillation(acceptance="top_p", acceptance_top_p=0.3)
+    assert sampling_params(by_mass, ()).acceptance_top_p == 0.3
+    by_share = distillation(acceptance="min_p", acceptance_min_p=0.2)
+    assert sampling_params(by_share, ()).acceptance_min_p == 0.2
+
+
+@pytest.mark.parametrize(
+    "top_k", [{"start": 6, "end": 2}, {"target_acceptance": 0.5, "start": 6}], ids=str
+)
+def test_a_k_that_changes_is_first_its_start(top_k: dict[str, Any]) -> None:
+    assert sampling_params(distillation(teacher_top_k=top_k), ()).teacher_top_k == 6

@@ -2,9 +2,9 @@
 
 Per round every row in flight feeds its pending token (committed, not yet in the caches) and up to G - 1
 proposals: G student forwards of one token, one teacher forward of G tokens. The teacher keeps the
-proposals within its top K, the first other one is replaced by a sample of the teacher's own, what
-follows is discarded; when all are kept no bonus token is taken. A row that ends gives its place to one
-that waits, or leaves the batch.
+proposals within its top K (or by another rule of `acceptance`), the first other one is replaced by a
+sample of the teacher's own, what follows is discarded; when all are kept no bonus token is taken,
+unless asked for. A row that ends gives its place to one that waits, or leaves the batch.
 
 The teacher's hidden states of the verification *are* the distillation targets of the committed
 tokens, since its input there is the committed prefix: no second teacher forward is needed.
@@ -13,19 +13,27 @@ The host waits for the device once a round. Samples are taken from a shortlist w
 it was long enough; if the round's report says that it was not, the round is done again with patience.
 Nothing is to be undone for that: all that the models wrote lies in slots that are written anew.
 
-Legend: R rows in flight, G draft tokens, V vocabulary, H hidden size.
+Legend: R rows in flight, G draft tokens, W = G + 1 with a bonus token, else G, V vocabulary, H hidden
+size.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from axolotl_skd.rollout.acceptance import AcceptanceRule, accept_top_k
+from axolotl_skd.rollout.acceptance import (
+    AcceptanceRule,
+    RatioTest,
+    Replacement,
+    accept_top_k,
+    teacher_replacement,
+)
 from axolotl_skd.rollout.draft_length import (
     AdaptiveDraftLength,
     DraftLength,
@@ -39,6 +47,7 @@ from axolotl_skd.rollout.sampling import (
     NonFiniteLogitsError,
     Role,
 )
+from axolotl_skd.rollout.stop_strings import StopStrings
 from axolotl_skd.rollout.stopwatch import Stopwatch
 from axolotl_skd.rollout.types import AUTO, Prompts, Rollout, SamplingParams, Source
 
@@ -47,6 +56,23 @@ VERIFIED_ELEMENTS = 2**27
 
 # Prompt tokens of one forward, padding included: plenty for any device, and a bound on its memory.
 PREFILL_TOKENS = 2**14
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """What the student did in a round.
+
+    Attributes:
+        fed: int64 [R, W], what it was given, the pending token first.
+        tokens: int64 [R, G], what it proposes.
+        states: its states [R, G, H] that predict them, for a `RatioTest` only.
+        probs: float64 [R, G], its probabilities of them, for a `RatioTest` only.
+    """
+
+    fed: Tensor
+    tokens: Tensor
+    states: Tensor | None
+    probs: Tensor | None
 
 
 class RolloutEngine:
@@ -61,7 +87,8 @@ class RolloutEngine:
         student: LanguageModel,
         teacher: LanguageModel | None = None,
         *,
-        accept: AcceptanceRule = accept_top_k,
+        accept: AcceptanceRule | RatioTest = accept_top_k,
+        stop_strings: StopStrings | None = None,
         rollout_batch_size: int | None = None,
         fixed_shapes: bool = False,
         patient: bool | None = None,
@@ -70,6 +97,7 @@ class RolloutEngine:
         Args:
             student, teacher: the models.
             accept: which proposals the teacher keeps.
+            stop_strings: texts that end a completion, beside the stop tokens.
             rollout_batch_size: most rows in flight, default all.
             fixed_shapes: let the batch shrink to powers of two only, for graphs of fixed shapes.
             patient: look at every sample whether its shortlist was long enough, which waits for the
@@ -78,6 +106,7 @@ class RolloutEngine:
         self.student = student
         self.teacher = teacher
         self._accept = accept
+        self._stop_strings = stop_strings
         self._rollout_batch_size = rollout_batch_size
         self._fixed_shapes = fixed_shapes
         self._haste = Haste(never=student.device.type == "cpu" if patient is None else patient)
@@ -165,6 +194,7 @@ class RolloutEngine:
             models[0].device,
             self._rollout_batch_size,
             _next_power_of_two if self._fixed_shapes else int,
+            self._stop_strings,
         )
         caches = [lm.new_cache(flight.num_seats, flight.num_slots) for lm in models]
         _prefill(models, caches, flight.admit())
@@ -213,23 +243,24 @@ class RolloutEngine:
     ) -> Proposal:
         """Draft, verify, replace, once for all rows in flight."""
         teacher = self._require_teacher()
-        uniforms = flight.uniforms(num_draft)
+        width = num_draft + params.bonus_token
+        uniforms = flight.uniforms(width)
         watch.mark()
-        fed, drafts = self._draft(flight, caches[0], uniforms[Role.STUDENT], params, sampler)
+        draft = self._draft(flight, caches[0], uniforms[Role.STUDENT], num_draft, params, sampler)
         watch.mark()
         # Verification happens where the teacher lives; only token ids travel.
         hidden = teacher.forward(
-            fed.to(teacher.device),
-            flight.positions(num_draft).to(teacher.device),
+            draft.fed.to(teacher.device),
+            flight.positions(width).to(teacher.device),
             caches[1],
-            flight.longest + num_draft - 1,
+            flight.longest + width - 1,
         )
-        tokens, num_accepted = self._verify(hidden, drafts, uniforms, params, sampler)
+        tokens, num_accepted = self._verify(hidden, draft, uniforms, params, sampler)
         return Proposal(
             tokens=tokens,
-            limit=(num_accepted + 1).clamp(max=num_draft),
+            limit=(num_accepted + 1).clamp(max=width),
             num_accepted=num_accepted,
-            proposed_ids=drafts,
+            proposed_ids=draft.tokens,
             hidden=hidden,
             settled=sampler.settled,
         )
@@ -239,27 +270,38 @@ class RolloutEngine:
         flight: Flight,
         cache: Any,
         uniforms: Tensor,
+        num_draft: int,
         params: SamplingParams,
         sampler: RoundSampler,
-    ) -> tuple[Tensor, Tensor]:
-        """What was fed to the student and what it proposes: both int64 [R, G]."""
-        num_draft = uniforms.shape[1]
-        positions = flight.positions(num_draft)
-        tokens = [flight.pending]
-        for i in range(num_draft):
+    ) -> _Draft:
+        """Sample `num_draft` tokens from the student, one after the other."""
+        ratio = self._accept if isinstance(self._accept, RatioTest) else None
+        positions = flight.positions(uniforms.shape[1])
+        tokens, states, probs = [flight.pending], [], []
+        for i in range(uniforms.shape[1]):
             hidden = self.student.forward(
                 tokens[-1][:, None], positions[:, i : i + 1], cache, flight.longest + i
-            )
-            logits = self.student.logits(hidden[:, -1])
+            )[:, -1]
+            if i == num_draft:
+                break  # a bonus token may follow the last proposal, which then has to be in the cache
+            logits = self.student.logits(hidden)
             tokens.append(
                 sampler(logits, params.student_temperature, params.student_top_p, uniforms[:, i])
             )
-        return torch.stack(tokens[:-1], dim=1), torch.stack(tokens[1:], dim=1)
+            if ratio is not None:
+                states.append(hidden.clone())  # a graph writes the next one to the same place
+                probs.append(ratio.proposal_probs(logits, tokens[-1], params))
+        return _Draft(
+            fed=torch.stack(tokens[: uniforms.shape[1]], dim=1),
+            tokens=torch.stack(tokens[1:], dim=1),
+            states=torch.stack(states, dim=1) if states else None,
+            probs=torch.stack(probs, dim=1) if probs else None,
+        )
 
     def _verify(
         self,
         hidden: Tensor,
-        drafts: Tensor,
+        draft: _Draft,
         uniforms: Tensor,
         params: SamplingParams,
         sampler: RoundSampler,
@@ -267,43 +309,73 @@ class RolloutEngine:
         """Keep the proposals up to the first that the teacher refuses, replace that one.
 
         Args:
-            hidden: the teacher's states [R, G, H], on its device.
-            drafts: int64 [R, G].
-            uniforms: random numbers by role, float64 [3, R, G].
+            hidden: the teacher's states [R, W, H], on its device.
+            draft: the student's.
+            uniforms: random numbers by role, float64 [3, R, W].
             params, sampler: how to sample.
 
         Returns:
-            tokens int64 [R, G] (meaningless after the replacement), number accepted int64 [R], both on
-            the device of `drafts`.
+            tokens int64 [R, W] (meaningless after the replacement), number accepted int64 [R], both on
+            the device of the draft.
         """
-        device, num_draft = hidden.device, drafts.shape[1]
-        judged, uniforms = drafts.to(device), uniforms.to(device)
+        device, width, num_draft = hidden.device, hidden.shape[1], draft.tokens.shape[1]
+        judged, uniforms = draft.tokens.to(device), uniforms.to(device)
+        draws = uniforms[Role.ACCEPT, :, :num_draft]
         # Some rows at a time: logits of all of them need not exist together.
-        num_rows = max(1, VERIFIED_ELEMENTS // (num_draft * self._require_teacher().vocab_size))
-        parts = (x.split(num_rows) for x in (hidden, judged, uniforms[Role.ACCEPT]))
-        verdicts = [self._verdicts(*part, params) for part in zip(*parts, strict=True)]
+        num_rows = max(1, VERIFIED_ELEMENTS // (width * self._require_teacher().vocab_size))
+        parts = [x.split(num_rows) for x in (hidden, judged, draws)]
+        probs = None if draft.probs is None else draft.probs.to(device).split(num_rows)
+        verdicts = [
+            self._verdicts(*part, None if probs is None else probs[i], params)
+            for i, part in enumerate(zip(*parts, strict=True))
+        ]
         num_accepted, deciding = (torch.cat(parts) for parts in zip(*verdicts, strict=True))
-        # Where everything was accepted the last index is sampled in vain and not used.
-        index = num_accepted.clamp(max=num_draft - 1)[:, None]
-        replacements = sampler(
-            deciding,
-            params.teacher_temperature,
-            params.teacher_top_p,
+        replacement = self._replacement(deciding, draft, num_accepted, params)
+        # Where everything was accepted and no bonus asked for, the last index is sampled in vain.
+        index = num_accepted.clamp(max=width - 1)[:, None]
+        replaced_by = sampler(
+            replacement.logits,
+            replacement.temperature,
+            replacement.top_p,
             uniforms[Role.TEACHER].gather(1, index)[:, 0],
         )
-        offsets = torch.arange(num_draft, device=device)
-        tokens = torch.where(offsets == num_accepted[:, None], replacements[:, None], judged)
-        return tokens.to(drafts.device), num_accepted.to(drafts.device)
+        offsets = torch.arange(width, device=device)
+        judged = torch.nn.functional.pad(judged, (0, width - num_draft))
+        tokens = torch.where(offsets == num_accepted[:, None], replaced_by[:, None], judged)
+        return tokens.to(draft.tokens.device), num_accepted.to(draft.tokens.device)
 
     def _verdicts(
-        self, hidden: Tensor, drafts: Tensor, uniforms: Tensor, params: SamplingParams
+        self,
+        hidden: Tensor,
+        proposed_ids: Tensor,
+        uniforms: Tensor,
+        proposal_probs: Tensor | None,
+        params: SamplingParams,
     ) -> tuple[Tensor, Tensor]:
         """Number accepted int64 [r], and the logits [r, V] that decide about the replacement."""
-        logits = self._require_teacher().logits(hidden)
-        accepted = self._accept(logits, drafts, uniforms, params)
+        logits, num_draft = self._require_teacher().logits(hidden), proposed_ids.shape[1]
+        judging = logits[:, :num_draft]
+        if isinstance(self._accept, RatioTest):
+            accepted = self._accept.accept(judging, proposed_ids, proposal_probs, uniforms, params)
+        else:
+            accepted = self._accept(judging, proposed_ids, uniforms, params)
         num_accepted = accepted.long().cumprod(dim=1).sum(dim=1)
-        index = num_accepted.clamp(max=drafts.shape[1] - 1)
+        index = num_accepted.clamp(max=logits.shape[1] - 1)
         return num_accepted, logits.take_along_dim(index[:, None, None], dim=1)[:, 0]
+
+    def _replacement(
+        self, teacher_logits: Tensor, draft: _Draft, num_accepted: Tensor, params: SamplingParams
+    ) -> Replacement:
+        """What is sampled at the first rejection, or as a bonus: teacher_logits [R, V]."""
+        if not isinstance(self._accept, RatioTest):
+            return teacher_replacement(teacher_logits, params)
+        num_draft = draft.tokens.shape[1]
+        index = num_accepted.to(draft.states.device).clamp(max=num_draft - 1)
+        states = draft.states.take_along_dim(index[:, None, None], dim=1)[:, 0]
+        student_logits = self.student.logits(states).to(teacher_logits.device)
+        return self._accept.replacement(
+            teacher_logits, student_logits, num_accepted < num_draft, params
+        )
 
     def _draft_length(self, params: SamplingParams) -> DraftLength:
         if params.num_draft_tokens == AUTO:

@@ -4,18 +4,19 @@ A seat is a row of the batch and of the KV caches. When a row finishes, its seat
 when none waits, the batch is compacted. What decides about the next round (lengths, who is finished)
 is mirrored on the host, so that one transfer per round keeps it up to date.
 
-Legend: N rows, R seats, G tokens of a round, T longest completion, H hidden size.
+Legend: N rows, R seats, W tokens of a round, G of them proposed, T longest completion, H hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from axolotl_skd.rollout.sampling import Role, keyed_uniform
+from axolotl_skd.rollout.stop_strings import StopStrings
 from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, Source
 
 
@@ -24,11 +25,11 @@ class Proposal:
     """What a round would append to the rows in flight, before anybody has looked at it.
 
     Attributes:
-        tokens: int64 [R, G].
+        tokens: int64 [R, W].
         limit: int64 [R], how many of them stand.
         num_accepted: int64 [R], how many of those are the student's own.
-        proposed_ids: int64 [R, G], what the student had proposed, None if it did not.
-        hidden: [R, G, H], the teacher's states that predict them, None without a verification.
+        proposed_ids: int64 [R, G], what the student had proposed for the first G, None if it did not.
+        hidden: [R, W, H], the teacher's states that predict them, None without a verification.
         settled: bool [], False if a shortlist was too short and the tokens may be wrong.
     """
 
@@ -47,7 +48,7 @@ class Verdict:
     Attributes:
         proposal: the proposal.
         count: int64 [R], tokens that each row takes.
-        stopped: bool [R], True where the last of them is a stop token.
+        stopped: bool [R], True where the last of them ends the completion.
         num_accepted: int64 [R], how many of them are the student's own.
     """
 
@@ -83,6 +84,7 @@ class Flight:
         device: torch.device,
         num_seats: int | None = None,
         seats_for: Callable[[int], int] = lambda num_rows: num_rows,
+        stop_strings: StopStrings | None = None,
     ) -> None:
         """
         Args:
@@ -92,6 +94,7 @@ class Flight:
             num_seats: most rows in flight, default all.
             seats_for: seats that a number of rows in flight is given; more than that many stay empty.
                 Never more than `num_seats`.
+            stop_strings: texts that end a row.
         """
         self._prompts = prompts
         self._seats_for = seats_for
@@ -114,6 +117,8 @@ class Flight:
         # Their mirror on the host.
         self._host_row = [0] * self.num_seats
         self._host_next, self._host_end = [1] * self.num_seats, [1] * self.num_seats
+        self._stop_strings = stop_strings
+        self._recent: list[list[int]] = [[] for _ in range(num_rows)]  # last tokens, if they matter
         # Results.
         self._width = max(self._max_new)
         self._ids = torch.zeros(num_rows, self._width + 1, dtype=torch.long, device=device)
@@ -248,12 +253,26 @@ class Flight:
         Returns:
             None if the proposal is not settled, and then nothing has changed.
         """
-        proposal, count, accepted = verdict.proposal, verdict.count, verdict.num_accepted
-        settled = proposal.settled.to(count).expand(len(count))
-        report = torch.stack([count, verdict.stopped.to(count), accepted, settled])
-        counts, stops, kept, (settled_at_all, *_) = report.tolist()
+        proposal = verdict.proposal
+        settled = proposal.settled.to(verdict.count).expand(len(verdict.count))
+        report = [verdict.count, verdict.stopped.to(verdict.count), verdict.num_accepted, settled]
+        if self._stop_strings is not None:
+            report += proposal.tokens.unbind(dim=1)
+        counts, stops, kept, (settled_at_all, *_), *columns = torch.stack(report).tolist()
         if not settled_at_all:
             return None
+        if self._stop_strings is not None:
+            cut = self._cut(counts, list(zip(*columns, strict=True)))
+            if cut:
+                for seat, end in cut.items():
+                    counts[seat], stops[seat], kept[seat] = end, 1, min(kept[seat], end)
+                verdict = replace(
+                    verdict,
+                    count=verdict.count.new_tensor(counts),
+                    stopped=verdict.stopped.new_tensor(stops),
+                    num_accepted=verdict.num_accepted.new_tensor(kept),
+                )
+        count, accepted = verdict.count, verdict.num_accepted
 
         tokens = proposal.tokens
         num_tokens = tokens.shape[1]
@@ -264,7 +283,8 @@ class Flight:
         self._ids[rows, columns] = tokens
         self._accepted[rows, columns] = offsets < accepted[:, None]
         if proposal.proposed_ids is not None:
-            self._proposed[rows, columns] = proposal.proposed_ids
+            num_proposed = proposal.proposed_ids.shape[1]
+            self._proposed[rows, columns[:, :num_proposed]] = proposal.proposed_ids
         if proposal.hidden is not None:
             self._store(proposal.hidden, rows, columns)
         last = (count - 1).clamp(min=0)[:, None]
@@ -279,7 +299,7 @@ class Flight:
             self._generated[row] += counts[seat]
             self._host_next[seat] += counts[seat]
             if proposal.proposed_ids is not None:
-                self._num_proposed[row] += num_tokens
+                self._num_proposed[row] += num_proposed
             if stops[seat]:
                 self._host_end[seat] = self._host_next[seat]
                 self._finish_reasons[row] = int(FinishReason.STOP)
@@ -287,6 +307,19 @@ class Flight:
         if proposal.hidden is not None:
             self._num_draft_steps += num_tokens
         return Committed(sum(counts), sum(kept))
+
+    def _cut(self, counts: Sequence[int], tokens: Sequence[Sequence[int]]) -> dict[int, int]:
+        """Seats whose tokens complete a stop string -> how many of their tokens are left."""
+        cut = {}
+        for seat, count in enumerate(counts):
+            if not self._live(seat):
+                continue
+            row, new = self._host_row[seat], tokens[seat][:count]
+            end = self._stop_strings.ending(self._recent[row], new)
+            if end is not None:
+                cut[seat] = end
+            self._recent[row] = [*self._recent[row], *new][-self._stop_strings.num_tokens :]
+        return cut
 
     def _store(self, hidden: Tensor, rows: Tensor, columns: Tensor) -> None:
         if self._hidden is None:

@@ -23,6 +23,9 @@ _MULTIPLIER_2 = -0x6B2FB644ECCEEE15
 # A nucleus of this many tokens is found without sorting the vocabulary.
 SHORTLIST = 128
 
+# A `top_p` whose nucleus is the most likely token alone.
+GREEDY = torch.finfo(torch.float64).tiny
+
 # Relative error allowed to a sum of float32 weights over the vocabulary.
 _TOTAL_TOLERANCE = 1e-5
 
@@ -173,6 +176,27 @@ def sample_from_shortlist(
     nucleus = cumulative.gather(-1, last) if top_p < 1 else torch.ones_like(total)
     index = (cumulative <= uniforms[:, None] * nucleus).sum(dim=-1, keepdim=True)
     return ids.gather(-1, torch.minimum(index, last)).squeeze(-1), settled
+
+
+def warped_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The distribution that `sample_top_p` samples from, over the whole vocabulary.
+
+    Args:
+        logits: [N, V].
+        temperature, top_p: as there.
+
+    Returns:
+        float64 [N, V], zero outside the nucleus, each row of sum 1.
+    """
+    probs = (logits.double() / temperature).softmax(dim=-1)
+    if top_p == 1:
+        return probs
+    order = _descending(logits, logits.shape[-1])[1]
+    ordered = probs.gather(-1, order)
+    before = torch.nn.functional.pad(ordered.cumsum(dim=-1)[:, :-1], (1, 0))
+    inside = before < top_p
+    kept = torch.zeros_like(probs).scatter_(-1, order, ordered * inside)
+    return kept / kept.sum(dim=-1, keepdim=True)
 
 
 def _total_weight(logits: Tensor, top: Tensor, temperature: float, exact: bool) -> Tensor:

@@ -27,7 +27,7 @@ class Source(str, Enum):
 class FinishReason(IntEnum):
     """Why a row ended."""
 
-    STOP = 0  # it produced a token of the stop set, which belongs to the completion
+    STOP = 0  # a token of the stop set, or one that completes a stop string: part of the completion
     LENGTH = 1  # it reached its `max_new_tokens`
 
 
@@ -37,6 +37,9 @@ class SamplingParams:
 
     Temperatures divide the logits; `*_top_p` keeps the smallest set of tokens of at least that mass;
     `teacher_top_k` is K of the acceptance test, on raw logits; `num_draft_tokens` is G, or `AUTO`.
+    `acceptance_top_p` and `acceptance_min_p` belong to the rules of these names. A rejected proposal is
+    replaced by a `sample` of the teacher's or by its `argmax`; where a whole proposal is accepted, a
+    `bonus_token` of the same kind may follow it, which makes tokens depend on G.
     """
 
     num_draft_tokens: int | Literal["auto"]
@@ -46,6 +49,10 @@ class SamplingParams:
     teacher_temperature: float
     teacher_top_p: float
     stop_token_ids: tuple[int, ...]
+    acceptance_top_p: float | None = None
+    acceptance_min_p: float | None = None
+    replacement: Literal["sample", "argmax"] = "sample"
+    bonus_token: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_draft_tokens", "teacher_top_k"):
@@ -57,6 +64,8 @@ class SamplingParams:
         for name in ("student_top_p", "teacher_top_p"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
+        if self.bonus_token and self.num_draft_tokens == AUTO:
+            raise ValueError("a bonus token depends on the draft length, which must then be fixed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +105,11 @@ class Rollout:
         completion_mask: bool [B, T], True on the tokens of the completion, the stop token included.
         accepted_mask: bool [B, T], True where the student's own proposal was kept. Always False when
             the teacher alone sampled, always `completion_mask` when the student alone did.
-        proposed_ids: int64 [B, T], what the student had proposed there, -1 where it proposed nothing.
+        proposed_ids: int64 [B, T], what the student had proposed there, -1 where it proposed nothing
+            (a bonus token, or the teacher alone).
         teacher_hidden: [B, T, H], the teacher's last hidden state that predicts completion token t,
-            kept from verification and on the teacher's device; None without verification.
+            kept from verification and on the teacher's device, a bonus token's too; None without
+            verification.
         finish_reasons: int64 [B], values of `FinishReason`.
         num_proposed: int64 [B], student proposals paid for, wasted ones included; 0 without proposals.
         source: which model(s) sampled.

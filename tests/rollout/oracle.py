@@ -19,10 +19,12 @@ from itertools import accumulate
 
 import torch
 
-STUDENT, TEACHER = 0, 1  # roles of a random number
+STUDENT, TEACHER, ACCEPT = 0, 1, 2  # roles of a random number
 STOP, LENGTH = "STOP", "LENGTH"
 
 NextLogits = Callable[[list[int]], list[float]]
+Verdict = Callable[[list[float], list[float], int, float], bool]
+"""(student's logits, teacher's logits, proposal, u) -> is it kept?"""
 
 _WORD = 2**64
 
@@ -118,6 +120,41 @@ def in_top_k(logits: Sequence[float], token: int, top_k: int) -> bool:
     return logits[token] >= ranked[min(top_k, len(ranked)) - 1]
 
 
+def in_top_p(logits: Sequence[float], token: int, top_p: float) -> bool:
+    """Is the token one of the nucleus at temperature 1?"""
+    return token in nucleus(logits, Sampler(1.0, top_p))[0]
+
+
+def in_min_p(logits: Sequence[float], token: int, min_p: float) -> bool:
+    """Has the token min_p times the largest probability at temperature 1?"""
+    probs = softmax(logits)
+    return probs[token] >= min_p * max(probs)
+
+
+def warped(logits: Sequence[float], sampler: Sampler) -> dict[int, float]:
+    """Token -> probability with which it is sampled; tokens outside the nucleus are missing."""
+    order, sums = nucleus(logits, sampler)
+    return {
+        token: (mass - before) / sums[-1]
+        for token, mass, before in zip(order, sums, [0.0, *sums], strict=False)
+    }
+
+
+def passes_ratio_test(
+    student: dict[int, float], teacher: dict[int, float], token: int, u: float
+) -> bool:
+    """With probability min(1, p / q)."""
+    return u < min(1.0, teacher.get(token, 0.0) / student[token])
+
+
+def draw_residual(student: dict[int, float], teacher: dict[int, float], u: float) -> int:
+    """Inverse CDF of max(p - q, 0), the most likely first."""
+    rest = {t: p - student.get(t, 0.0) for t, p in teacher.items() if p > student.get(t, 0.0)}
+    order = sorted(rest, key=lambda token: (-rest[token], token))
+    sums = list(accumulate(rest[token] for token in order))
+    return next((t for t, mass in zip(order, sums, strict=True) if mass > u * sums[-1]), order[-1])
+
+
 # --- rollouts ---------------------------------------------------------------------------------
 
 
@@ -142,21 +179,52 @@ def interleave(
     teacher_sampler: Sampler,
     top_k: int,
     stop_ids: Sequence[int],
+    *,
+    verdict: Verdict | None = None,
+    residual: bool = False,
+    argmax: bool = False,
+    bonus_after: int | None = None,
+    ends: Callable[[list[int]], bool] = lambda completion: False,
 ) -> OracleRow:
-    """Algorithm 1: the student proposes, the teacher keeps or replaces."""
-    row, prefix = OracleRow(), list(prompt)
+    """Algorithm 1: the student proposes, the teacher keeps or replaces.
+
+    Args:
+        verdict: another rule than the top-K test.
+        residual: replace from max(p - q, 0), not from p.
+        argmax: replace by the teacher's most likely token.
+        bonus_after: kept proposals in a row after which the teacher adds a token.
+        ends: does the row end with this completion, beside the stop tokens?
+    """
+    row, prefix, kept = OracleRow(), list(prompt), 0
     while len(row.completion) < max_new:
         position = len(prefix)
-        proposal = draw(student(prefix), student_sampler, uniform(key, position, STUDENT))
         judged = teacher(prefix)
-        accepted = in_top_k(judged, proposal, top_k)
-        replacement = draw(judged, teacher_sampler, uniform(key, position, TEACHER))
-        token = proposal if accepted else replacement
+        if argmax:
+            own = judged.index(max(judged))
+        else:
+            own = draw(judged, teacher_sampler, uniform(key, position, TEACHER))
+        if kept == bonus_after:
+            token, accepted, proposal, kept = own, False, -1, 0
+        else:
+            wanted = student(prefix)
+            proposal = draw(wanted, student_sampler, uniform(key, position, STUDENT))
+            if verdict is None:
+                accepted = in_top_k(judged, proposal, top_k)
+            else:
+                accepted = verdict(wanted, judged, proposal, uniform(key, position, ACCEPT))
+            if residual and not accepted:
+                own = draw_residual(
+                    warped(wanted, student_sampler),
+                    warped(judged, teacher_sampler),
+                    uniform(key, position, TEACHER),
+                )
+            token = proposal if accepted else own
+            kept = kept + 1 if accepted else 0
         prefix.append(token)
         row.completion.append(token)
         row.accepted.append(accepted)
         row.proposed.append(proposal)
-        if token in stop_ids:
+        if token in stop_ids or ends(row.completion):
             row.finish = STOP
             break
     return row

@@ -9,6 +9,7 @@ failed assertion.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def batch(prompts: list[list[int]], max_new: list[int]) -> Prompts:
 
 
 def params_of(
-    num_draft_tokens: int, top_k: int = 1, stop_ids: tuple[int, ...] = ()
+    num_draft_tokens: int, top_k: int = 1, stop_ids: tuple[int, ...] = (), **more: Any
 ) -> SamplingParams:
     return SamplingParams(
         num_draft_tokens=num_draft_tokens,
@@ -112,6 +113,7 @@ def params_of(
         teacher_temperature=1.0,
         teacher_top_p=1e-6,
         stop_token_ids=stop_ids,
+        **more,
     )
 
 

@@ -255,6 +255,62 @@ def test_finished_rows_leave_the_batch() -> None:
     assert teacher.rows == [[0, 1, 2, 3], [0, 2, 3], [0, 2], [2]]
 
 
+# --- bonus tokens -----------------------------------------------------------------------------
+
+
+def with_bonus(
+    student: ScriptedLM, teacher: ScriptedLM, max_new: list[int], stop_ids: tuple[int, ...] = ()
+) -> Rollout:
+    """G = 3 and a teacher that tolerates its second choice (K = 2)."""
+    params = params_of(3, top_k=2, stop_ids=stop_ids, bonus_token=True)
+    return RolloutEngine(student, teacher).interleave(batch([[3], [7, 20]], max_new), params)
+
+
+def test_a_bonus_token_follows_every_wholly_accepted_proposal() -> None:
+    """The teacher would count in twos: 4 5 6 | 8 | 9 10 11 | 13 | ..., a bonus token every fourth."""
+    student, teacher = ScriptedLM(count_up), ScriptedLM(skip_one)
+    result = with_bonus(student, teacher, [9, 6])
+    assert completions(result) == [
+        [4, 5, 6, 8, 9, 10, 11, 13, 14],
+        [21, 22, 23, 25, 26, 27],
+    ]
+    assert result.proposed_ids.tolist() == [
+        [4, 5, 6, -1, 9, 10, 11, -1, 14],
+        [21, 22, 23, -1, 26, 27, -1, -1, -1],
+    ]
+    assert result.accepted_mask.tolist() == [
+        [True, True, True, False, True, True, True, False, True],
+        [True, True, True, False, True, True, False, False, False],
+    ]
+    # 3 + 3 + 1 proposals for row 0; row 1 takes two of its second three.
+    assert (result.num_rounds, result.num_proposed.tolist()) == (3, [7, 6])
+    # The teacher sees the pending token and all proposals, the student all but the teacher's tokens.
+    assert [len(forward[0]) for forward in teacher.fed] == [4, 4, 2]
+    assert len(student.fed) == 4 + 4 + 2
+    # The bonus token's state says what comes after the last proposal: 6 -> 8, 11 -> 13.
+    favourites = result.teacher_hidden.argmax(-1).tolist()
+    assert favourites[0] == [5, 6, 7, 8, 10, 11, 12, 13, 15]
+
+
+def test_a_bonus_token_may_stop_or_lie_behind_the_end() -> None:
+    models = ScriptedLM(count_up), ScriptedLM(skip_one)
+    stopped = with_bonus(*models, [9, 9], stop_ids=(8, 22))
+    assert completions(stopped) == [[4, 5, 6, 8], [21, 22]]
+    assert stopped.finish_reasons.tolist() == [STOP, STOP]
+    short = with_bonus(*models, [3, 4], stop_ids=(8,))
+    assert completions(short) == [[4, 5, 6], [21, 22, 23, 25]]
+    assert short.finish_reasons.tolist() == [LENGTH, LENGTH]
+
+
+def test_no_bonus_token_after_a_rejection() -> None:
+    params = params_of(3, top_k=1, bonus_token=True)
+    engine = RolloutEngine(ScriptedLM(count_up), ScriptedLM(skip_before_multiples_of_four))
+    result = engine.interleave(batch([[1]], [9]), params)
+    # [2 3 4!] [6 7 8!] [10 11 12!] without a whole proposal: as if no bonus token were offered.
+    assert completions(result) == [[2, 3, 5, 6, 7, 9, 10, 11, 13]]
+    assert (result.proposed_ids >= 0).all()
+
+
 # --- one model alone --------------------------------------------------------------------------
 
 

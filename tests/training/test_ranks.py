@@ -53,6 +53,8 @@ def test_two_ranks_equal_one(pair: Path, tmp_path: Path) -> None:
     config = base_config(
         pair, optimizer="sgd", learning_rate=0.05, max_steps=4, **validation_set(pair)
     )
+    # Steered by the counts of all ranks: another K would give other rollouts.
+    config["distillation"]["rollout"]["teacher_top_k"] = {"target_acceptance": 0.9, "start": 20}
     config["datasets"][0]["path"] = str(tmp_path / "train.jsonl")
     config["test_datasets"][0]["path"] = str(tmp_path / "validation.jsonl")
     config["dataset_prepared_path"] = str(tmp_path / "prepared")
@@ -73,7 +75,14 @@ def test_two_ranks_equal_one(pair: Path, tmp_path: Path) -> None:
     # SGD keeps differences as small as those of the gradients: rounding of sums in another order.
     assert largest_difference(two[0]["weights"], two[1]["weights"]) == 0
     assert largest_difference(one["weights"], two[0]["weights"]) < 1e-5
-    for key in ("loss", "eval_loss", "skd/acceptance_rate", "rollout/length"):
+    assert len({line["skd/teacher_top_k"] for line in one["log"] if "loss" in line}) > 2
+    for key in (
+        "loss",
+        "eval_loss",
+        "skd/acceptance_rate",
+        "skd/teacher_top_k",
+        "rollout/length",
+    ):
         assert [line[key] for line in two[0]["log"] if key in line] == pytest.approx(
             [line[key] for line in one["log"] if key in line], abs=1e-4
         ), key
