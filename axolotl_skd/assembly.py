@@ -15,6 +15,8 @@ from torch import nn
 
 from axolotl_skd.config import Distillation, RolloutConfig, TeacherConfig
 from axolotl_skd.losses.divergences import get_divergence
+from axolotl_skd.losses.gates import get_gate
+from axolotl_skd.losses.objective import Objective
 from axolotl_skd.memory import Forecast, forecast, step_shape
 from axolotl_skd.methods import LossRecipe, Share
 from axolotl_skd.preflight import (
@@ -100,16 +102,27 @@ def assemble(
             source=_source(trainer, distillation, params, student, teacher, seed),
             student=student,
             teacher=teacher,
-            divergence=get_divergence(
-                distillation.divergence,
-                beta=distillation.loss.jsd_beta,
-                alpha=distillation.loss.skew_alpha,
-                temperature=distillation.loss.loss_temperature,
-            ),
+            objective=_objective(distillation),
             forecast=_forecast(trainer, distillation, student, teacher, sequence_len),
         )
     )
     return _description(trainer, distillation, params, shared)
+
+
+def _objective(distillation: Distillation) -> Objective:
+    if distillation.method_row.loss is LossRecipe.CROSS_ENTROPY:
+        return Objective(divergence=None)
+    loss, gate = distillation.loss, distillation.active_gate
+    return Objective(
+        divergence=get_divergence(
+            distillation.divergence,
+            beta=loss.jsd_beta,
+            alpha=loss.skew_alpha,
+            temperature=loss.loss_temperature,
+        ),
+        gate=gate and get_gate(gate.rule, gate.top_k),
+        reject_weight=gate.reject_weight if gate else 0.0,
+    )
 
 
 def _forecast(
@@ -141,8 +154,9 @@ def _source(
     seed: int,
 ) -> CompletionSource:
     method = distillation.method_row
+    seed = seed if distillation.seed is None else distillation.seed
     if not method.rolls_out:
-        return DatasetSource()
+        return DatasetSource(seed)
     engine = RolloutEngine(
         student,
         teacher,
@@ -161,7 +175,7 @@ def _source(
         params,
         share=_share(distillation),
         max_new_tokens=distillation.rollout.max_new_tokens,
-        seed=seed if distillation.seed is None else distillation.seed,
+        seed=seed,
         pad_token_id=collator.pad_token_id,
         pad_to_multiple_of=collator.pad_to_multiple_of,
     )
@@ -232,7 +246,13 @@ def _loss(distillation: Distillation) -> str:
         text += f" of beta {loss.jsd_beta}"
     elif text.startswith("skew"):
         text += f" of alpha {loss.skew_alpha}"
-    return text if loss.loss_temperature == 1 else f"{text} at temperature {loss.loss_temperature}"
+    if loss.loss_temperature != 1:
+        text += f" at temperature {loss.loss_temperature}"
+    if gate := distillation.active_gate:
+        text += (
+            f", gated by {gate.rule} of {gate.top_k}, rejected tokens weigh {gate.reject_weight}"
+        )
+    return text
 
 
 def _settings(distillation: Distillation) -> str:

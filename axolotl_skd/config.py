@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from axolotl_skd.methods import Method, get_method
+from axolotl_skd.methods import LossRecipe, Method, get_method
 
 
 class _Block(BaseModel):
@@ -136,6 +136,23 @@ class LossConfig(_Block):
         return beta
 
 
+class GateConfig(_Block):
+    """`distillation.gate`: tokens that it rejects weigh less in the loss (SpecKD, SelecTKD)."""
+
+    rule: Literal["top_k", "speculative"] = Field(
+        "top_k",
+        description="A token is accepted if the student's most likely one is among the teacher's "
+        "`top_k`, or if any of `top_k` draws from the student passes the ratio test.",
+    )
+    top_k: int = Field(5, ge=1, description="k of the rule.")
+    reject_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Weight of rejected tokens: 0 masks them (SpecKD), 1 is no gate (SelecTKD: 0.01).",
+    )
+
+
 class EvalConfig(_Block):
     """`distillation.eval`"""
 
@@ -163,6 +180,9 @@ class Distillation(_Block):
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="The frozen teacher.")
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="How to sample.")
     loss: LossConfig = Field(default_factory=LossConfig, description="What is learned.")
+    gate: GateConfig | None = Field(
+        None, description="Gate on tokens' losses, with any divergence; `speckd` always has one."
+    )
     eval: EvalConfig | None = Field(None, description="Bundled evaluation before and after.")
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Seed of the rollouts; default Axolotl's `seed`."
@@ -183,6 +203,15 @@ class Distillation(_Block):
             )
         return self
 
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> Distillation:
+        if self.gate is not None and self.method_row.loss is LossRecipe.CROSS_ENTROPY:
+            raise ValueError(
+                f"distillation.gate compares the student with the teacher, but method {self.method!r} "
+                "learns from tokens alone. Remove the gate, or use a method whose loss is a divergence."
+            )
+        return self
+
     @property
     def method_row(self) -> Method:
         return get_method(self.method)
@@ -191,6 +220,11 @@ class Distillation(_Block):
     def divergence(self) -> str:
         """As set, else the method's."""
         return self.loss.divergence or self.method_row.divergence
+
+    @property
+    def active_gate(self) -> GateConfig | None:
+        """As set, else the defaults for a method that has one."""
+        return self.gate or (GateConfig() if self.method_row.gated else None)
 
 
 class DistillationArgs(BaseModel):

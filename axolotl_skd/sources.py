@@ -27,7 +27,11 @@ from axolotl_skd.rollout.sampling import (
 from axolotl_skd.rollout.types import Prompts, Rollout, SamplingParams, Source
 
 Batch = dict[str, Any]
-"""`DistillationCollator`'s batch, plus `stored_hidden` where a rollout kept the teacher's states."""
+"""`DistillationCollator`'s batch, plus, once completed,
+
+- `streams`: int64 [B], the random stream of each row (`sampling.row_streams`);
+- `stored_hidden`: where a rollout kept the teacher's states.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +65,20 @@ class CompletionSource(Protocol):
 class DatasetSource:
     """The data set's own completions, as collated."""
 
+    def __init__(self, seed: int) -> None:
+        """
+        Args:
+            seed: of the keyed random numbers.
+        """
+        self._seed = seed
+
     def complete(
         self, batches: Sequence[Batch], epoch: int, progress: float
     ) -> tuple[list[Batch], dict[str, Ratio]]:
-        return list(batches), {}
+        return [
+            {**batch, "streams": row_streams(self._seed, epoch, batch["sample_ids"])}
+            for batch in batches
+        ], {}
 
 
 class RolloutSource:
@@ -113,10 +127,10 @@ class RolloutSource:
         chosen = [self._choose(rows, progress) for rows in streams]
         rollout = self._roll_out(batches, streams, chosen)
         completed, start = [], 0
-        for batch, rows in zip(batches, chosen, strict=True):
+        for batch, stream, rows in zip(batches, streams, chosen, strict=True):
             stop = start + int(rows.sum())
             part = rollout.select(start, stop) if stop > start else None
-            completed.append(self._batch(batch, rows, part))
+            completed.append({**self._batch(batch, rows, part), "streams": stream})
             start = stop
         metrics = rollout_metrics(rollout, self._source, time.perf_counter() - started)
         metrics["rollout/share"] = (start, sum(len(rows) for rows in chosen))

@@ -9,7 +9,7 @@ Legend: B rows, L padded length, N completion tokens of a micro-batch, H hidden 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,18 +22,13 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from axolotl_skd.data import IGNORE_INDEX, SAMPLE_ID_COLUMN
-from axolotl_skd.losses.divergences import Divergence, cross_entropy
-from axolotl_skd.losses.fused import (
-    Targets,
-    TeacherTargets,
-    TokenLoss,
-    chunk_size,
-    fused_token_loss,
-)
+from axolotl_skd.losses.fused import TeacherTargets, chunk_size, fused_token_loss
+from axolotl_skd.losses.objective import Objective, Tokens
 from axolotl_skd.memory import GIB, Forecast, PeakMemory, weight_bytes
 from axolotl_skd.methods import LossRecipe, Method, get_method
 from axolotl_skd.metrics import Counters
 from axolotl_skd.rollout.lm import CausalLM, rollout_mode
+from axolotl_skd.rollout.sampling import Role, keyed_uniform
 from axolotl_skd.sources import Batch, CompletionSource
 
 
@@ -49,14 +44,14 @@ class Distiller:
         source: where completions come from.
         student: view of the unwrapped student.
         teacher: view of the frozen teacher, None for methods without one.
-        divergence: between teacher and student, for methods that learn distributions.
+        objective: what is learned at a token.
         forecast: of the memory that a step needs.
     """
 
     source: CompletionSource
     student: CausalLM
     teacher: CausalLM | None
-    divergence: Divergence
+    objective: Objective
     forecast: Forecast
 
 
@@ -141,26 +136,38 @@ class DistillationCore(Trainer):
             model, inputs["input_ids"], inputs["attention_mask"]
         )
         hidden = states[:, :-1][predicted]
+        tokens = self._tokens(inputs, predicted)
         total, losses = fused_token_loss(
             hidden,
             distiller.student.logits,
             distiller.student.head_module,
-            *self._recipe(inputs, predicted),
+            *distiller.objective.recipe(tokens, self._teacher_logits(inputs, predicted)),
             chunk_size(distiller.student.vocab_size),
         )
+        if distiller.objective.gate is not None and torch.is_grad_enabled():
+            accepted = (int(tokens.accepted.sum()), len(losses))
+            self.counters.add({"gate/token_acceptance_rate": accepted})
         rows = predicted.nonzero()[:, 0]
         self._refuse_non_finite(losses, rows, inputs, training=torch.is_grad_enabled())
         return total, losses, rows
 
-    def _recipe(self, inputs: Batch, predicted: Tensor) -> tuple[TokenLoss, Targets]:
-        """The method's loss of tokens, and what it compares this batch's with."""
-        if self.method.loss is LossRecipe.CROSS_ENTROPY:
-            token_ids = inputs["labels"][:, 1:][predicted]
-            return cross_entropy, lambda part: (token_ids[part],)
-        teacher = self._teacher_targets(inputs, predicted)
-        return self._attached().divergence, lambda part: (
-            teacher.logits(part).to(predicted.device),
+    def _tokens(self, inputs: Batch, predicted: Tensor) -> Tokens:
+        """What the loss may ask of this batch's tokens."""
+        rows, columns = predicted.nonzero().unbind(dim=1)
+        # Validation has no streams: a row's random numbers are the same each time.
+        streams = inputs.get("streams", inputs["sample_ids"])
+        return Tokens(
+            ids=inputs["labels"][:, 1:][predicted],
+            uniforms=keyed_uniform(streams[rows], columns + 1, Role.GATE),
+            accepted=torch.empty_like(rows, dtype=torch.bool),
         )
+
+    def _teacher_logits(self, inputs: Batch, predicted: Tensor) -> Callable[[slice], Tensor] | None:
+        """Of a chunk of the batch's tokens, where the student is; None if the loss needs none."""
+        if self.method.loss is LossRecipe.CROSS_ENTROPY:
+            return None
+        targets = self._teacher_targets(inputs, predicted)
+        return lambda part: targets.logits(part).to(predicted.device)
 
     def _teacher_targets(self, inputs: Batch, predicted: Tensor) -> TeacherTargets:
         """Stored at verification; where it was not, from one forward without gradient."""

@@ -22,12 +22,14 @@ from axolotl_skd.config import (
     Distillation,
     DistillationArgs,
     EvalConfig,
+    GateConfig,
     LossConfig,
     RolloutConfig,
     TeacherConfig,
     read_distillation,
 )
 from axolotl_skd.losses.divergences import DIVERGENCES
+from axolotl_skd.losses.gates import GATES
 from axolotl_skd.methods import METHODS
 from tests.helpers import save_pair
 
@@ -147,6 +149,28 @@ def test_sft_needs_no_teacher() -> None:
     assert Distillation.model_validate({"method": "sft"}).teacher.base_model is None
 
 
+@pytest.mark.parametrize("method", ["sft", "seqkd"])
+def test_a_gate_needs_a_divergence(method: str) -> None:
+    message = refusal(method=method, gate={})
+    assert f"method {method!r} learns from tokens alone. Remove the gate" in message
+
+
+@pytest.mark.parametrize(
+    "gate", [{"reject_weight": 1.1}, {"reject_weight": -1}, {"top_k": 0}, {"rule": "top_p"}]
+)
+def test_a_gate_has_its_bounds(gate: dict[str, Any]) -> None:
+    (key,) = gate
+    assert f"gate.{key}" in refusal(gate=gate)
+
+
+def test_speckd_always_has_a_gate_and_others_where_they_are_given_one() -> None:
+    gate = GateConfig(rule="speculative", top_k=5, reject_weight=0.01)
+    assert distillation(method="speckd").active_gate == GateConfig()
+    for method in ("speckd", "skd"):
+        assert distillation(method=method, gate=gate.model_dump()).active_gate == gate
+    assert distillation(method="supervised_kd").active_gate is None
+
+
 def test_an_unknown_method_is_answered_with_the_nearest() -> None:
     message = refusal(method="supervized_kd")
     assert "there is no method 'supervized_kd'. Did you mean 'supervised_kd'?" in message
@@ -193,7 +217,15 @@ def test_a_block_must_be_a_block(block: str, value: Any) -> None:
 
 
 def blocks() -> Iterator[type[BaseModel]]:
-    yield from (DistillationArgs, Distillation, TeacherConfig, RolloutConfig, EvalConfig)
+    yield from (
+        DistillationArgs,
+        Distillation,
+        TeacherConfig,
+        RolloutConfig,
+        LossConfig,
+        GateConfig,
+        EvalConfig,
+    )
 
 
 @pytest.mark.parametrize("block", blocks(), ids=lambda block: block.__name__)
@@ -330,4 +362,5 @@ def test_jsd_beta_lies_inside_and_names_what_others_mean(beta: float, hint: str)
 def test_the_divergences_of_the_schema_are_those_of_the_table() -> None:
     literal, _none = get_args(LossConfig.model_fields["divergence"].annotation)
     assert set(get_args(literal)) == set(DIVERGENCES)
+    assert set(get_args(GateConfig.model_fields["rule"].annotation)) == set(GATES)
     assert {row.divergence for row in METHODS.values()} <= set(DIVERGENCES)

@@ -53,7 +53,8 @@ class Role(IntEnum):
     STUDENT = 0
     TEACHER = 1
     ACCEPT = 2  # of acceptance rules that draw one
-    SOURCE = 4  # whether a sequence is rolled out at all; 3 is kept for gates
+    GATE = 3  # of gates on tokens' losses
+    SOURCE = 4  # whether a sequence is rolled out at all
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
