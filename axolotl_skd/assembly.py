@@ -122,6 +122,8 @@ def _objective(distillation: Distillation) -> Objective:
         ),
         gate=gate and get_gate(gate.rule, gate.top_k),
         reject_weight=gate.reject_weight if gate else 0.0,
+        kd_weight=loss.kd_weight,
+        ce_weight=loss.ce_weight,
     )
 
 
@@ -252,6 +254,8 @@ def _loss(distillation: Distillation) -> str:
         text += (
             f", gated by {gate.rule} of {gate.top_k}, rejected tokens weigh {gate.reject_weight}"
         )
+    if (loss.kd_weight, loss.ce_weight) != (1, 0):
+        text = f"{loss.kd_weight} x {text} + {loss.ce_weight} x cross-entropy of data set tokens"
     return text
 
 

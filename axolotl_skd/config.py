@@ -125,6 +125,14 @@ class LossConfig(_Block):
         1.0, gt=0, description="Divides both models' logits in the loss; no factor of its square."
     )
 
+    kd_weight: float = Field(1.0, gt=0, description="Weight of the divergence.")
+    ce_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the cross-entropy of the data set's own completions, added to the "
+        "divergence; rolled-out completions have none.",
+    )
+
     @field_validator("jsd_beta")
     @classmethod
     def _inside(cls, beta: float) -> float:
@@ -210,7 +218,22 @@ class Distillation(_Block):
                 f"distillation.gate compares the student with the teacher, but method {self.method!r} "
                 "learns from tokens alone. Remove the gate, or use a method whose loss is a divergence."
             )
+        self._check_weights()
         return self
+
+    def _check_weights(self) -> None:
+        loss, method = self.loss, self.method_row
+        if method.loss is LossRecipe.CROSS_ENTROPY and (loss.kd_weight, loss.ce_weight) != (1, 0):
+            raise ValueError(
+                "distillation.loss.kd_weight and ce_weight mix two losses, but method "
+                f"{self.method!r} has cross-entropy alone. Remove them."
+            )
+        if loss.ce_weight and not method.needs_completions:
+            raise ValueError(
+                f"distillation.loss.ce_weight is {loss.ce_weight:g}, but method {self.method!r} never "
+                "trains on the data set's completions, and what models wrote is no ground truth. "
+                "Remove it, or use a method that mixes both (mixed_skd, gkd, imitkd, two_stage)."
+            )
 
     @property
     def method_row(self) -> Method:

@@ -30,6 +30,7 @@ Batch = dict[str, Any]
 """`DistillationCollator`'s batch, plus, once completed,
 
 - `streams`: int64 [B], the random stream of each row (`sampling.row_streams`);
+- `rolled_out`: bool [B], rows whose completion was sampled, absent where none was;
 - `stored_hidden`: where a rollout kept the teacher's states.
 """
 
@@ -130,7 +131,9 @@ class RolloutSource:
         for batch, stream, rows in zip(batches, streams, chosen, strict=True):
             stop = start + int(rows.sum())
             part = rollout.select(start, stop) if stop > start else None
-            completed.append({**self._batch(batch, rows, part), "streams": stream})
+            completed.append(
+                {**self._batch(batch, rows, part), "streams": stream, "rolled_out": rows}
+            )
             start = stop
         metrics = rollout_metrics(rollout, self._source, time.perf_counter() - started)
         metrics["rollout/share"] = (start, sum(len(rows) for rows in chosen))

@@ -156,8 +156,13 @@ class DistillationCore(Trainer):
         rows, columns = predicted.nonzero().unbind(dim=1)
         # Validation has no streams: a row's random numbers are the same each time.
         streams = inputs.get("streams", inputs["sample_ids"])
+        rolled_out = inputs.get("rolled_out")
+        from_data = torch.ones_like(rows, dtype=torch.bool)
+        if rolled_out is not None:
+            from_data = ~rolled_out.to(rows.device)[rows]
         return Tokens(
             ids=inputs["labels"][:, 1:][predicted],
+            from_data=from_data,
             uniforms=keyed_uniform(streams[rows], columns + 1, Role.GATE),
             accepted=torch.empty_like(rows, dtype=torch.bool),
         )

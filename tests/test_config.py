@@ -163,6 +163,26 @@ def test_a_gate_has_its_bounds(gate: dict[str, Any]) -> None:
     assert f"gate.{key}" in refusal(gate=gate)
 
 
+@pytest.mark.parametrize("method", ["skd", "on_policy_kd"])
+def test_cross_entropy_needs_ground_truth(method: str) -> None:
+    message = refusal(method=method, loss={"ce_weight": 0.5})
+    assert f"ce_weight is 0.5, but method {method!r} never trains on the data set's" in message
+    for other in ("supervised_kd", "speckd", "gkd", "mixed_skd", "two_stage"):
+        assert distillation(method=other, loss={"ce_weight": 0.5}).loss.ce_weight == 0.5
+
+
+@pytest.mark.parametrize("loss", [{"ce_weight": 0.5}, {"kd_weight": 0.5}])
+@pytest.mark.parametrize("method", ["sft", "seqkd"])
+def test_there_is_nothing_to_mix_into_a_cross_entropy(method: str, loss: dict[str, float]) -> None:
+    assert f"method {method!r} has cross-entropy alone" in refusal(method=method, loss=loss)
+
+
+@pytest.mark.parametrize("loss", [{"ce_weight": -0.5}, {"kd_weight": 0}])
+def test_weights_have_bounds(loss: dict[str, float]) -> None:
+    (key,) = loss
+    assert f"loss.{key}" in refusal(method="supervised_kd", loss=loss)
+
+
 def test_speckd_always_has_a_gate_and_others_where_they_are_given_one() -> None:
     gate = GateConfig(rule="speculative", top_k=5, reject_weight=0.01)
     assert distillation(method="speckd").active_gate == GateConfig()
@@ -198,7 +218,6 @@ def test_an_unknown_key_is_answered_with_the_nearest(keys: Any, wrong: str, near
 @pytest.mark.parametrize(
     "keys",
     [
-        {"loss": {"kd_weight": 1.0}},
         {"teacher": {"base_model": "t", "adapter": "x"}},
         {"rollout": {"bonus_token": True}},
         {"rollout": {"accept": "top_p"}},
@@ -293,7 +312,7 @@ open(sys.argv[1], "w").write(json.dumps(answers))
 
 BAD_BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"rollout": {"teacher_topk": 3}}, "Did you mean 'teacher_top_k'?"),
-    "not implemented": ({"loss": {"kd_weight": 1.0}}, "unknown key 'kd_weight'"),
+    "not implemented": ({"teacher": {"adapter": "x"}}, "unknown key 'adapter'"),
     "unknown method": ({"method": "sdk"}, "Did you mean 'skd'?"),
     "bound": ({"rollout": {"student_top_p": 1.5}}, "distillation.rollout.student_top_p"),
     "no teacher": ({"teacher": {}}, "distillation.teacher.base_model is not set"),

@@ -1,6 +1,6 @@
-"""What is learned at a token: a divergence, a gate on it, put together for a micro-batch.
+"""What is learned at a token: divergence, gate and cross-entropy, put together for a micro-batch.
 
-Legend: N tokens, n of a chunk, V vocabulary.
+Legend: N tokens, n of a chunk, V vocabulary; p teacher, q student in formulas only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from axolotl_skd.losses.divergences import Divergence, cross_entropy
+from axolotl_skd.losses.divergences import (
+    Divergence,
+    ValueAndGradient,
+    cross_entropy,
+    scaled,
+)
 from axolotl_skd.losses.fused import Targets, TokenLoss
 from axolotl_skd.losses.gates import Gate, gated
 
@@ -21,28 +26,35 @@ class Tokens:
 
     Attributes:
         ids: int64 [N].
+        from_data: bool [N], True where they are the data set's own, so ground truth.
         uniforms: float64 [N], a keyed random number for the gate.
         accepted: bool [N], where the gate writes its verdicts.
     """
 
     ids: Tensor
+    from_data: Tensor
     uniforms: Tensor
     accepted: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """The loss of a token, V D(p || q), or its cross-entropy where there is no divergence.
+    """The loss of a token: kd_weight V D(p || q) + ce_weight c CE, c = 1 on ground truth.
+
+    Without a divergence it is the cross-entropy of every token, wherever it came from.
 
     Attributes:
         divergence: D, None for methods that learn the tokens themselves.
         gate: decides about V, None: V = 1.
         reject_weight: V of tokens that the gate rejects.
+        kd_weight, ce_weight: of the two terms.
     """
 
     divergence: Divergence | None
     gate: Gate | None = None
     reject_weight: float = 0.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
 
     def recipe(
         self, tokens: Tokens, teacher_logits: Callable[[slice], Tensor] | None
@@ -55,10 +67,30 @@ class Objective:
         """
         if self.divergence is None:
             return cross_entropy, lambda part: (tokens.ids[part],)
+        loss, columns = self._distillation(tokens)
+        if self.ce_weight or self.kd_weight != 1:
+            loss = _beside_cross_entropy(loss, self.kd_weight)
+            columns = (*columns, tokens.ids, self.ce_weight * tokens.from_data)
+        return loss, lambda part: (teacher_logits(part), *(column[part] for column in columns))
+
+    def _distillation(self, tokens: Tokens) -> tuple[TokenLoss, tuple[Tensor, ...]]:
+        """V D, and what it asks of the tokens."""
         if self.gate is None:
-            return self.divergence, lambda part: (teacher_logits(part),)
-        return gated(self.divergence, self.gate, self.reject_weight), lambda part: (
-            teacher_logits(part),
-            tokens.uniforms[part],
-            tokens.accepted[part],
+            return self.divergence, ()
+        loss = gated(self.divergence, self.gate, self.reject_weight)
+        return loss, (tokens.uniforms, tokens.accepted)
+
+
+def _beside_cross_entropy(distillation: TokenLoss, kd_weight: float) -> TokenLoss:
+    """kd_weight times a loss plus weighted cross-entropy: (student logits, *targets, ids, weights)."""
+
+    def loss(student_logits: Tensor, *targets: Tensor) -> ValueAndGradient:
+        *of_distillation, token_ids, ce_weights = targets
+        kd = distillation(student_logits, *of_distillation)
+        ce = scaled(cross_entropy(student_logits, token_ids), ce_weights)
+        return ValueAndGradient(
+            kd_weight * kd.values + ce.values,
+            lambda: kd_weight * kd.gradient() + ce.gradient(),
         )
+
+    return loss

@@ -92,6 +92,7 @@ def run(objective: Objective, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     hidden = random(N, H, seed=6).requires_grad_()
     tokens = Tokens(
         ids=torch.zeros(N, dtype=torch.long),
+        from_data=torch.ones(N, dtype=torch.bool),
         uniforms=UNIFORMS,
         accepted=torch.zeros(N, dtype=torch.bool),
     )
