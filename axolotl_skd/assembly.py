@@ -103,6 +103,7 @@ def assemble(
             student=student,
             teacher=teacher,
             objective=_objective(distillation),
+            by_sequence=distillation.loss.normalize == "sequence",
             forecast=_forecast(trainer, distillation, student, teacher, sequence_len),
         )
     )
@@ -142,6 +143,7 @@ def _forecast(
         prompt_tokens=rollout.max_prompt_tokens if rolls_out else 0,
         new_tokens=rollout.max_new_tokens if rolls_out else sequence_len,
         rollout_batch_size=rollout.rollout_batch_size,
+        num_rollouts=rollout.num_rollouts,
         activation_bytes=2 if half else student.model.dtype.itemsize,
     )
     return forecast(student, teacher, shape)
@@ -176,6 +178,8 @@ def _source(
         method.source,
         params,
         share=_share(distillation),
+        num_rollouts=distillation.rollout.num_rollouts,
+        mask_truncated=distillation.rollout.mask_truncated,
         max_new_tokens=distillation.rollout.max_new_tokens,
         seed=seed,
         pad_token_id=collator.pad_token_id,
@@ -234,6 +238,8 @@ def _description(
         parts["vocabulary"] = shared
     if distillation.method_row.loss is LossRecipe.DIVERGENCE:
         parts["loss"] = _loss(distillation)
+    if distillation.loss.normalize == "sequence":
+        parts["mean"] = "over sequences"
     if distillation.method_row.rolls_out:
         stops = tokenizer.convert_ids_to_tokens(list(params.stop_token_ids))
         parts["stop set"] = dict(zip(params.stop_token_ids, stops, strict=True))

@@ -106,6 +106,15 @@ class RolloutConfig(_Block):
     student_top_p: float = Field(0.5, gt=0, le=1, description="Nucleus of the student's proposals.")
     teacher_temperature: float = Field(0.2, gt=0, description="Divides the teacher's logits.")
     teacher_top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of the teacher's samples.")
+    num_rollouts: int = Field(
+        1,
+        ge=1,
+        description="Completions sampled per prompt and step. A micro-batch holds so many rows of "
+        "each prompt that is rolled out: count them in `micro_batch_size`.",
+    )
+    mask_truncated: bool = Field(
+        False, description="Leave rollouts that ran to `max_new_tokens` out of the loss."
+    )
     stop_token_ids: tuple[int, ...] = Field(
         (), description="End a completion, beside the EOS and Axolotl's `eot_tokens`."
     )
@@ -131,6 +140,12 @@ class LossConfig(_Block):
         ge=0,
         description="Weight of the cross-entropy of the data set's own completions, added to the "
         "divergence; rolled-out completions have none.",
+    )
+
+    normalize: Literal["token", "sequence"] = Field(
+        "token",
+        description="The loss is a mean over the tokens of an optimizer step, or over its sequences "
+        "of their own token means.",
     )
 
     @field_validator("jsd_beta")
@@ -219,6 +234,12 @@ class Distillation(_Block):
                 "learns from tokens alone. Remove the gate, or use a method whose loss is a divergence."
             )
         self._check_weights()
+        rollout = self.rollout
+        if not self.method_row.rolls_out and (rollout.num_rollouts > 1 or rollout.mask_truncated):
+            raise ValueError(
+                "distillation.rollout.num_rollouts and mask_truncated are about sampled completions, "
+                f"but method {self.method!r} samples none. Remove them."
+            )
         return self
 
     def _check_weights(self) -> None:

@@ -141,14 +141,16 @@ def step_shape(
     prompt_tokens: int,
     new_tokens: int,
     rollout_batch_size: int | None,
+    num_rollouts: int,
     activation_bytes: int,
 ) -> StepShape:
-    """The shape of a step under Hugging Face's arguments."""
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    """The shape of a step under Hugging Face's arguments, each row rolled out so many times."""
+    batch_rows = args.per_device_train_batch_size * num_rollouts
+    rows = batch_rows * args.gradient_accumulation_steps
     return StepShape(
         window_rows=rows,
         rows_in_flight=min(rows, rollout_batch_size or rows),
-        batch_rows=args.per_device_train_batch_size,
+        batch_rows=batch_rows,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         rolls_out=rolls_out,

@@ -64,6 +64,8 @@ def test_defaults_are_the_papers() -> None:
         "student_top_p": 0.5,
         "teacher_temperature": 0.2,
         "teacher_top_p": 1.0,
+        "num_rollouts": 1,
+        "mask_truncated": False,
         "stop_token_ids": (),
     }
     assert not block.teacher.load_in_4bit and not block.teacher.load_in_8bit
@@ -99,6 +101,7 @@ def test_temperatures_are_positive(key: str, value: Any) -> None:
         "teacher_top_k",
         "num_draft_tokens",
         "rollout_batch_size",
+        "num_rollouts",
         "max_prompt_tokens",
         "max_new_tokens",
     ],
@@ -183,6 +186,12 @@ def test_weights_have_bounds(loss: dict[str, float]) -> None:
     assert f"loss.{key}" in refusal(method="supervised_kd", loss=loss)
 
 
+@pytest.mark.parametrize("keys", [{"num_rollouts": 2}, {"mask_truncated": True}])
+def test_methods_that_sample_nothing_refuse_keys_about_samples(keys: dict[str, Any]) -> None:
+    assert "method 'supervised_kd' samples none" in refusal(method="supervised_kd", rollout=keys)
+    distillation(method="seqkd", rollout=keys)
+
+
 def test_speckd_always_has_a_gate_and_others_where_they_are_given_one() -> None:
     gate = GateConfig(rule="speculative", top_k=5, reject_weight=0.01)
     assert distillation(method="speckd").active_gate == GateConfig()
@@ -221,7 +230,6 @@ def test_an_unknown_key_is_answered_with_the_nearest(keys: Any, wrong: str, near
         {"teacher": {"base_model": "t", "adapter": "x"}},
         {"rollout": {"bonus_token": True}},
         {"rollout": {"accept": "top_p"}},
-        {"rollout": {"num_rollouts": 2}},
     ],
 )
 def test_a_key_of_the_design_that_does_nothing_yet_is_unknown(keys: Any) -> None:

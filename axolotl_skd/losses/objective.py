@@ -29,12 +29,14 @@ class Tokens:
         from_data: bool [N], True where they are the data set's own, so ground truth.
         uniforms: float64 [N], a keyed random number for the gate.
         accepted: bool [N], where the gate writes its verdicts.
+        weights: [N], of the whole loss of a token; None: all one.
     """
 
     ids: Tensor
     from_data: Tensor
     uniforms: Tensor
     accepted: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +67,38 @@ class Objective:
             tokens: of the micro-batch.
             teacher_logits: of a chunk, [n, V]; None without a divergence.
         """
+        loss, columns = self._unweighted(tokens)
+        if tokens.weights is not None:
+            loss, columns = _weighted(loss), (*columns, tokens.weights)
+
+        def targets(part: slice) -> tuple[Tensor, ...]:
+            of_tokens = tuple(column[part] for column in columns)
+            return of_tokens if teacher_logits is None else (teacher_logits(part), *of_tokens)
+
+        return loss, targets
+
+    def _unweighted(self, tokens: Tokens) -> tuple[TokenLoss, tuple[Tensor, ...]]:
+        """The loss, and what it asks of the tokens behind the teacher's logits."""
         if self.divergence is None:
-            return cross_entropy, lambda part: (tokens.ids[part],)
-        loss, columns = self._distillation(tokens)
+            return cross_entropy, (tokens.ids,)
+        loss, columns = self.divergence, ()
+        if self.gate is not None:
+            loss = gated(loss, self.gate, self.reject_weight)
+            columns = (tokens.uniforms, tokens.accepted)
         if self.ce_weight or self.kd_weight != 1:
             loss = _beside_cross_entropy(loss, self.kd_weight)
             columns = (*columns, tokens.ids, self.ce_weight * tokens.from_data)
-        return loss, lambda part: (teacher_logits(part), *(column[part] for column in columns))
+        return loss, columns
 
-    def _distillation(self, tokens: Tokens) -> tuple[TokenLoss, tuple[Tensor, ...]]:
-        """V D, and what it asks of the tokens."""
-        if self.gate is None:
-            return self.divergence, ()
-        loss = gated(self.divergence, self.gate, self.reject_weight)
-        return loss, (tokens.uniforms, tokens.accepted)
+
+def _weighted(loss: TokenLoss) -> TokenLoss:
+    """A loss times constants: (student logits, *targets, weights)."""
+
+    def weighted(student_logits: Tensor, *targets: Tensor) -> ValueAndGradient:
+        *of_loss, weights = targets
+        return scaled(loss(student_logits, *of_loss), weights)
+
+    return weighted
 
 
 def _beside_cross_entropy(distillation: TokenLoss, kd_weight: float) -> TokenLoss:

@@ -75,14 +75,16 @@ def _fold(state: Tensor, value: Tensor | int) -> Tensor:
     )
 
 
-def row_streams(seed: int, epoch: int, sample_ids: Tensor, rollout_index: int = 0) -> Tensor:
+def row_streams(
+    seed: int, epoch: int, sample_ids: Tensor, rollout_index: int | Tensor = 0
+) -> Tensor:
     """One random stream per row.
 
     Args:
         seed: the run's seed.
         epoch: index of the epoch; a sample is rolled out anew in each.
         sample_ids: int64 [B], what identifies the row of the data set.
-        rollout_index: which of several rollouts of the same prompt.
+        rollout_index: which of several rollouts of the same prompt; one for all, or int64 [B].
 
     Returns:
         int64 [B]

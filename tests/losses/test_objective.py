@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from axolotl_skd.losses import fused
-from axolotl_skd.losses.divergences import DIVERGENCES, forward_kl, get_divergence
+from axolotl_skd.losses.divergences import DIVERGENCES, Divergence, forward_kl, get_divergence
 from axolotl_skd.losses.fused import fused_token_loss
 from axolotl_skd.losses.gates import get_gate
 from axolotl_skd.losses.objective import Objective, Tokens
@@ -37,13 +38,14 @@ def tokens() -> Tokens:
     )
 
 
-def run(objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+def run(objective: Objective, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, gradients of hidden states and of the head."""
     head = torch.nn.Linear(H, V, bias=False, dtype=torch.float64)
     with torch.no_grad():
         head.weight.copy_(WEIGHT)
     hidden = HIDDEN.clone().requires_grad_()
-    recipe = objective.recipe(tokens(), lambda part: TEACHER[part])
+    teacher = None if objective.divergence is None else lambda part: TEACHER[part]
+    recipe = objective.recipe(replace(tokens(), weights=weights), teacher)
     total, losses = fused_token_loss(hidden, head, head, *recipe, 5)
     total.backward()
     return losses, hidden.grad, head.weight.grad
@@ -86,6 +88,23 @@ def test_without_a_divergence_every_token_is_learned() -> None:
     """The teacher's sequences of `seqkd` are the target there, rolled out or not."""
     losses, *_ = run(Objective(None))
     torch.testing.assert_close(losses, plain_cross_entropy(HIDDEN @ WEIGHT.T, IDS))
+
+
+@pytest.mark.parametrize("divergence", [None, forward_kl])
+def test_weights_multiply_values_and_gradients(divergence: Divergence | None) -> None:
+    """A weight of zero takes a token out; the head's gradient is that of the weighted sum."""
+    weights = torch.arange(N) / 4.0
+    losses, hidden_gradient, head_gradient = run(Objective(divergence), weights)
+    plain, plain_hidden, _ = run(Objective(divergence))
+    torch.testing.assert_close(losses, weights * plain)
+    torch.testing.assert_close(hidden_gradient, weights[:, None] * plain_hidden)
+    hidden, weight = HIDDEN.clone(), WEIGHT.clone().requires_grad_()
+    logits = hidden @ weight.T
+    reference = plain_cross_entropy(logits, IDS)
+    if divergence is not None:
+        reference = plain_divergence("forward_kl", logits, TEACHER)
+    (weights * reference).sum().backward()
+    torch.testing.assert_close(head_gradient, weight.grad)
 
 
 def test_every_setting_changes_the_result() -> None:

@@ -42,7 +42,8 @@ def results(folder: Path, rank: int) -> dict[str, Any]:
 
 
 @pytest.mark.ranks
-def test_two_ranks_equal_one(pair: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+def test_two_ranks_equal_one(pair: Path, tmp_path: Path, normalize: str) -> None:
     """Rows of unequal length, so per-rank normalisation or separate training would show.
 
     11 validation rows do not fill two ranks: the repeated ones must not count.
@@ -53,6 +54,7 @@ def test_two_ranks_equal_one(pair: Path, tmp_path: Path) -> None:
     config = base_config(
         pair, optimizer="sgd", learning_rate=0.05, max_steps=4, **validation_set(pair)
     )
+    config["distillation"]["loss"] = {"normalize": normalize}
     config["datasets"][0]["path"] = str(tmp_path / "train.jsonl")
     config["test_datasets"][0]["path"] = str(tmp_path / "validation.jsonl")
     config["dataset_prepared_path"] = str(tmp_path / "prepared")
