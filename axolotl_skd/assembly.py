@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +31,24 @@ from axolotl_skd.preflight import (
 from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.graphs import Capture, CudaCapture
 from axolotl_skd.rollout.lm import CausalLM, probed_lm, rollout_mode
+from axolotl_skd.rollout.sampling import row_streams
 from axolotl_skd.rollout.types import SamplingParams, Source
 from axolotl_skd.sources import CompletionSource, DatasetSource, RolloutSource
 from axolotl_skd.teacher import load_teacher
+from axolotl_skd.teacher_sequences import (
+    Request,
+    StoredSequences,
+    fingerprint,
+    make_sequences,
+    sequence_folder,
+)
 from axolotl_skd.trainer import DistillationTrainer, Distiller, base_causal_lm
 from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
 
 LOG = get_logger(__name__)
+
+# A nucleus that the most likely token fills alone.
+GREEDY_TOP_P = 1e-12
 
 
 def assemble(
@@ -44,6 +57,7 @@ def assemble(
     preflight: Preflight,
     seed: int,
     sequence_len: int,
+    prepared_path: Path,
 ) -> str:
     """Load the teacher and attach it and the completion source to a trainer.
 
@@ -53,6 +67,7 @@ def assemble(
         preflight: what the checks before loading found.
         seed: Axolotl's, used where the block has none.
         sequence_len: Axolotl's, the longest row of the data set.
+        prepared_path: Axolotl's folder of prepared data, where teacher sequences are kept.
 
     Returns:
         the description for the start line.
@@ -97,9 +112,14 @@ def assemble(
             )
 
     params = sampling_params(distillation, preflight.stop_token_ids)
+    seed = seed if distillation.seed is None else distillation.seed
+    source = _source(trainer, distillation, params, student, teacher, seed, prepared_path)
+    described = None if teacher is None else _parameters(teacher.model)
+    if distillation.method_row.loss is LossRecipe.CROSS_ENTROPY:
+        teacher = teacher_model = None  # it has written its sequences and is needed no more
     trainer.attach(
         Distiller(
-            source=_source(trainer, distillation, params, student, teacher, seed),
+            source=source,
             student=student,
             teacher=teacher,
             objective=_objective(distillation),
@@ -107,7 +127,7 @@ def assemble(
             forecast=_forecast(trainer, distillation, student, teacher, sequence_len),
         )
     )
-    return _description(trainer, distillation, params, shared)
+    return _description(trainer, distillation, params, shared, described)
 
 
 def _objective(distillation: Distillation) -> Objective:
@@ -156,9 +176,9 @@ def _source(
     student: CausalLM,
     teacher: CausalLM | None,
     seed: int,
+    prepared_path: Path,
 ) -> CompletionSource:
     method = distillation.method_row
-    seed = seed if distillation.seed is None else distillation.seed
     if not method.rolls_out:
         return DatasetSource(seed)
     engine = RolloutEngine(
@@ -172,19 +192,69 @@ def _source(
         Source.STUDENT: engine.sample_student,
         Source.TEACHER: engine.sample_teacher,
     }
-    collator = trainer.train_data_collator
+    collator, sample = trainer.train_data_collator, samplers[method.source]
+    if method.source is Source.TEACHER:
+        sample = _stored_sequences(trainer, distillation, params, engine, seed, prepared_path)
     return RolloutSource(
-        samplers[method.source],
+        sample,
         method.source,
         params,
         share=_share(distillation),
         num_rollouts=distillation.rollout.num_rollouts,
+        once=method.source is Source.TEACHER,
         mask_truncated=distillation.rollout.mask_truncated,
         max_new_tokens=distillation.rollout.max_new_tokens,
         seed=seed,
         pad_token_id=collator.pad_token_id,
         pad_to_multiple_of=collator.pad_to_multiple_of,
     )
+
+
+def _stored_sequences(
+    trainer: DistillationTrainer,
+    distillation: Distillation,
+    params: SamplingParams,
+    engine: RolloutEngine,
+    seed: int,
+    prepared_path: Path,
+) -> StoredSequences:
+    """The teacher's completions of the whole training set, made where they are not there yet."""
+    rollout, greedy = distillation.rollout, distillation.seqkd.decoding == "greedy"
+    if greedy:
+        params = replace(params, teacher_temperature=1.0, teacher_top_p=GREEDY_TOP_P)
+    accelerator, args = trainer.accelerator, trainer.args
+    settings = {
+        "teacher": fingerprint(engine.teacher.model),
+        "vocabulary": engine.teacher.vocab_size,
+        "max_new_tokens": rollout.max_new_tokens,
+        "temperature": params.teacher_temperature,
+        "top_p": params.teacher_top_p,
+        "stop_token_ids": params.stop_token_ids,
+        "seed": seed,
+    }
+    with torch.no_grad():
+        sequences = make_sequences(
+            list(_requests(trainer, seed, rollout.num_rollouts)),
+            sequence_folder(prepared_path, settings),
+            engine.sample_teacher,
+            params,
+            max_new_tokens=rollout.max_new_tokens,
+            batch_size=rollout.rollout_batch_size
+            or args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+            barrier=accelerator.wait_for_everyone,
+        )
+    return StoredSequences(sequences)
+
+
+def _requests(trainer: DistillationTrainer, seed: int, num_rollouts: int) -> Iterator[Request]:
+    """A sequence per row of the training set and rollout, as `RolloutSource` will ask for them."""
+    for row in trainer.train_dataset:
+        batch = trainer.train_data_collator([row])
+        prompt = batch["input_ids"][0, : int(batch["prompt_lengths"])]
+        for index in range(num_rollouts):
+            yield Request(prompt, int(row_streams(seed, 0, batch["sample_ids"], index)))
 
 
 def _capture(rollout: RolloutConfig, device: torch.device) -> Capture | None:
@@ -224,17 +294,16 @@ def _description(
     distillation: Distillation,
     params: SamplingParams,
     shared: SharedVocabulary | None,
+    teacher: str | None,
 ) -> str:
     distiller, tokenizer = trainer.distiller, trainer.processing_class
     parts: dict[str, Any] = {
         "method": f"{distillation.method} ({distillation.method_row.summary})",
         "student": _parameters(distiller.student.model),
     }
-    if distiller.teacher is not None:
+    if teacher is not None:
         quantised = _quantisation(distillation.teacher)
-        parts["teacher"] = (
-            f"{distillation.teacher.base_model}, {_parameters(distiller.teacher.model)}{quantised}"
-        )
+        parts["teacher"] = f"{distillation.teacher.base_model}, {teacher}{quantised}"
         parts["vocabulary"] = shared
     if distillation.method_row.loss is LossRecipe.DIVERGENCE:
         parts["loss"] = _loss(distillation)
@@ -244,6 +313,8 @@ def _description(
         stops = tokenizer.convert_ids_to_tokens(list(params.stop_token_ids))
         parts["stop set"] = dict(zip(params.stop_token_ids, stops, strict=True))
         parts["rollout"] = _settings(distillation)
+        if distillation.method_row.source is Source.TEACHER:
+            parts["teacher sequences"] = distillation.seqkd.decoding
     parts["memory"] = distiller.forecast
     return "; ".join(f"{name}: {value}" for name, value in parts.items())
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from axolotl_skd.methods import LossRecipe, Method, get_method
+from axolotl_skd.rollout.types import Source
 
 
 class _Block(BaseModel):
@@ -159,6 +160,16 @@ class LossConfig(_Block):
         return beta
 
 
+class SeqKdConfig(_Block):
+    """`distillation.seqkd`, of methods that train on the teacher's own completions."""
+
+    decoding: Literal["sampled", "greedy"] = Field(
+        "sampled",
+        description="How the teacher writes them, once before training; `rollout.num_rollouts` of "
+        "them per prompt.",
+    )
+
+
 class GateConfig(_Block):
     """`distillation.gate`: tokens that it rejects weigh less in the loss (SpecKD, SelecTKD)."""
 
@@ -203,6 +214,9 @@ class Distillation(_Block):
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="The frozen teacher.")
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="How to sample.")
     loss: LossConfig = Field(default_factory=LossConfig, description="What is learned.")
+    seqkd: SeqKdConfig = Field(
+        default_factory=SeqKdConfig, description="The teacher's own completions."
+    )
     gate: GateConfig | None = Field(
         None, description="Gate on tokens' losses, with any divergence; `speckd` always has one."
     )
@@ -235,6 +249,17 @@ class Distillation(_Block):
             )
         self._check_weights()
         rollout = self.rollout
+        greedy = self.seqkd.decoding == "greedy"
+        if greedy and self.method_row.source is not Source.TEACHER:
+            raise ValueError(
+                "distillation.seqkd.decoding is greedy, but method "
+                f"{self.method!r} does not train on the teacher's completions. Remove it."
+            )
+        if greedy and rollout.num_rollouts > 1:
+            raise ValueError(
+                f"distillation.rollout.num_rollouts is {rollout.num_rollouts}, but greedy completions "
+                "of a prompt are all the same. Set seqkd.decoding: sampled, or num_rollouts: 1."
+            )
         if not self.method_row.rolls_out and (rollout.num_rollouts > 1 or rollout.mask_truncated):
             raise ValueError(
                 "distillation.rollout.num_rollouts and mask_truncated are about sampled completions, "

@@ -110,7 +110,9 @@ METHODS: dict[str, Method] = {
         share=Share.LATE,
     ),
     "seqkd": Method(
-        Source.TEACHER, LossRecipe.CROSS_ENTROPY, "fine-tuning on the teacher's completions"
+        Source.TEACHER,
+        LossRecipe.CROSS_ENTROPY,
+        "fine-tuning on what the teacher wrote, once for all",
     ),
     "sft": Method(
         Source.DATASET, LossRecipe.CROSS_ENTROPY, "fine-tuning on the data set's completions"

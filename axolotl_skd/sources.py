@@ -97,6 +97,7 @@ class RolloutSource:
         *,
         share: Callable[[float], float],
         num_rollouts: int = 1,
+        once: bool = False,
         mask_truncated: bool = False,
         max_new_tokens: int,
         seed: int,
@@ -110,6 +111,7 @@ class RolloutSource:
             params: how to sample.
             share: probability that a sequence is rolled out, by the share of steps done.
             num_rollouts: completions per rolled-out prompt: a micro-batch grows by as many rows.
+            once: sample as in the first epoch in all of them.
             mask_truncated: keep rollouts that reached the longest length out of the loss.
             max_new_tokens: longest completion.
             seed: of the keyed random numbers.
@@ -120,6 +122,7 @@ class RolloutSource:
         self._params = params
         self._share = share
         self._num_rollouts = num_rollouts
+        self._once = once
         self._mask_truncated = mask_truncated
         self._max_new_tokens = max_new_tokens
         self._seed = seed
@@ -158,7 +161,12 @@ class RolloutSource:
         index = torch.arange(len(rows)) - (copies.cumsum(0) - copies)[rows]
         device_rows = rows.to(samples.device)
         expanded = {name: values[device_rows] for name, values in batch.items()}
-        streams = row_streams(self._seed, epoch, expanded["sample_ids"], index.to(samples.device))
+        streams = row_streams(
+            self._seed,
+            0 if self._once else epoch,
+            expanded["sample_ids"],
+            index.to(samples.device),
+        )
         return {**expanded, "streams": streams, "rolled_out": chosen[rows]}
 
     def _roll_out(self, batches: Sequence[Batch]) -> Rollout | None:

@@ -25,6 +25,7 @@ from axolotl_skd.config import (
     GateConfig,
     LossConfig,
     RolloutConfig,
+    SeqKdConfig,
     TeacherConfig,
     read_distillation,
 )
@@ -192,6 +193,14 @@ def test_methods_that_sample_nothing_refuse_keys_about_samples(keys: dict[str, A
     distillation(method="seqkd", rollout=keys)
 
 
+def test_greedy_sequences_are_the_teachers_and_one_per_prompt() -> None:
+    greedy = {"decoding": "greedy"}
+    assert distillation(method="seqkd", seqkd=greedy).seqkd.decoding == "greedy"
+    assert "method 'skd' does not train on the teacher's" in refusal(seqkd=greedy)
+    message = refusal(method="seqkd", seqkd=greedy, rollout={"num_rollouts": 2})
+    assert "num_rollouts is 2, but greedy completions" in message
+
+
 def test_speckd_always_has_a_gate_and_others_where_they_are_given_one() -> None:
     gate = GateConfig(rule="speculative", top_k=5, reject_weight=0.01)
     assert distillation(method="speckd").active_gate == GateConfig()
@@ -251,6 +260,7 @@ def blocks() -> Iterator[type[BaseModel]]:
         RolloutConfig,
         LossConfig,
         GateConfig,
+        SeqKdConfig,
         EvalConfig,
     )
 
