@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch import nn
 from axolotl_skd.callbacks import TopKStateCallback
 from axolotl_skd.config import Distillation, RolloutConfig, TeacherConfig, TopKTarget
 from axolotl_skd.losses.divergences import get_divergence
+from axolotl_skd.losses.gates import get_gate
+from axolotl_skd.losses.objective import Objective
 from axolotl_skd.memory import Forecast, forecast, step_shape
 from axolotl_skd.methods import LossRecipe, Share
 from axolotl_skd.preflight import (
@@ -29,15 +33,26 @@ from axolotl_skd.rollout.acceptance import ACCEPTANCE_RULES
 from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.graphs import Capture, CudaCapture
 from axolotl_skd.rollout.lm import CausalLM, probed_lm, rollout_mode
+from axolotl_skd.rollout.sampling import row_streams
 from axolotl_skd.rollout.stop_strings import StopStrings
 from axolotl_skd.rollout.types import SamplingParams, Source
 from axolotl_skd.sources import CompletionSource, DatasetSource, RolloutSource
 from axolotl_skd.teacher import load_teacher
+from axolotl_skd.teacher_sequences import (
+    Request,
+    StoredSequences,
+    fingerprint,
+    make_sequences,
+    sequence_folder,
+)
 from axolotl_skd.top_k import ScheduledTopK, TargetAcceptance, TopKPolicy
 from axolotl_skd.trainer import DistillationTrainer, Distiller, base_causal_lm
 from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
 
 LOG = get_logger(__name__)
+
+# A nucleus that the most likely token fills alone.
+GREEDY_TOP_P = 1e-12
 
 
 def assemble(
@@ -46,6 +61,7 @@ def assemble(
     preflight: Preflight,
     seed: int,
     sequence_len: int,
+    prepared_path: Path,
 ) -> str:
     """Load the teacher and attach it and the completion source to a trainer.
 
@@ -55,6 +71,7 @@ def assemble(
         preflight: what the checks before loading found.
         seed: Axolotl's, used where the block has none.
         sequence_len: Axolotl's, the longest row of the data set.
+        prepared_path: Axolotl's folder of prepared data, where teacher sequences are kept.
 
     Returns:
         the description for the start line.
@@ -98,21 +115,40 @@ def assemble(
             )
 
     params = sampling_params(distillation, preflight.stop_token_ids)
+    seed = seed if distillation.seed is None else distillation.seed
+    source = _source(trainer, distillation, params, student, teacher, seed, prepared_path)
+    described = None if teacher is None else _parameters(teacher.model)
+    if distillation.method_row.loss is LossRecipe.CROSS_ENTROPY:
+        teacher = teacher_model = None  # it has written its sequences and is needed no more
     trainer.attach(
         Distiller(
-            source=_source(trainer, distillation, params, student, teacher, seed),
+            source=source,
             student=student,
             teacher=teacher,
-            divergence=get_divergence(
-                distillation.divergence,
-                beta=distillation.loss.jsd_beta,
-                alpha=distillation.loss.skew_alpha,
-                temperature=distillation.loss.loss_temperature,
-            ),
+            objective=_objective(distillation),
+            by_sequence=distillation.loss.normalize == "sequence",
             forecast=_forecast(trainer, distillation, student, teacher, sequence_len),
         )
     )
-    return _description(trainer, distillation, params, shared)
+    return _description(trainer, distillation, params, shared, described)
+
+
+def _objective(distillation: Distillation) -> Objective:
+    if distillation.method_row.loss is LossRecipe.CROSS_ENTROPY:
+        return Objective(divergence=None)
+    loss, gate = distillation.loss, distillation.active_gate
+    return Objective(
+        divergence=get_divergence(
+            distillation.divergence,
+            beta=loss.jsd_beta,
+            alpha=loss.skew_alpha,
+            temperature=loss.loss_temperature,
+        ),
+        gate=gate and get_gate(gate.rule, gate.top_k),
+        reject_weight=gate.reject_weight if gate else 0.0,
+        kd_weight=loss.kd_weight,
+        ce_weight=loss.ce_weight,
+    )
 
 
 def _forecast(
@@ -131,6 +167,7 @@ def _forecast(
         new_tokens=rollout.max_new_tokens,
         data_tokens=sequence_len if method.needs_completions else 0,
         rollout_batch_size=rollout.rollout_batch_size,
+        num_rollouts=rollout.num_rollouts,
         activation_bytes=2 if half else student.model.dtype.itemsize,
     )
     return forecast(student, teacher, shape)
@@ -143,10 +180,11 @@ def _source(
     student: CausalLM,
     teacher: CausalLM | None,
     seed: int,
+    prepared_path: Path,
 ) -> CompletionSource:
     method = distillation.method_row
     if not method.rolls_out:
-        return DatasetSource()
+        return DatasetSource(seed)
     engine = RolloutEngine(
         student,
         teacher,
@@ -160,18 +198,71 @@ def _source(
         Source.STUDENT: engine.sample_student,
         Source.TEACHER: engine.sample_teacher,
     }
-    collator = trainer.train_data_collator
+    collator, sample = trainer.train_data_collator, samplers[method.source]
+    if method.source is Source.TEACHER:
+        sample = _stored_sequences(trainer, distillation, params, engine, seed, prepared_path)
     return RolloutSource(
-        samplers[method.source],
+        sample,
         method.source,
         params,
         share=_share(distillation),
+        num_rollouts=distillation.rollout.num_rollouts,
+        once=method.source is Source.TEACHER,
+        mask_truncated=distillation.rollout.mask_truncated,
         max_new_tokens=distillation.rollout.max_new_tokens,
-        seed=seed if distillation.seed is None else distillation.seed,
+        seed=seed,
         pad_token_id=collator.pad_token_id,
         pad_to_multiple_of=collator.pad_to_multiple_of,
         top_k=_top_k(trainer, distillation, student.vocab_size),
     )
+
+
+def _stored_sequences(
+    trainer: DistillationTrainer,
+    distillation: Distillation,
+    params: SamplingParams,
+    engine: RolloutEngine,
+    seed: int,
+    prepared_path: Path,
+) -> StoredSequences:
+    """The teacher's completions of the whole training set, made where they are not there yet."""
+    rollout, greedy = distillation.rollout, distillation.seqkd.decoding == "greedy"
+    if greedy:
+        params = replace(params, teacher_temperature=1.0, teacher_top_p=GREEDY_TOP_P)
+    accelerator, args = trainer.accelerator, trainer.args
+    settings = {
+        "teacher": fingerprint(engine.teacher.model),
+        "vocabulary": engine.teacher.vocab_size,
+        "max_new_tokens": rollout.max_new_tokens,
+        "temperature": params.teacher_temperature,
+        "top_p": params.teacher_top_p,
+        "stop_token_ids": params.stop_token_ids,
+        "stop_strings": rollout.stop_strings,
+        "seed": seed,
+    }
+    with torch.no_grad():
+        sequences = make_sequences(
+            list(_requests(trainer, seed, rollout.num_rollouts)),
+            sequence_folder(prepared_path, settings),
+            engine.sample_teacher,
+            params,
+            max_new_tokens=rollout.max_new_tokens,
+            batch_size=rollout.rollout_batch_size
+            or args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+            barrier=accelerator.wait_for_everyone,
+        )
+    return StoredSequences(sequences)
+
+
+def _requests(trainer: DistillationTrainer, seed: int, num_rollouts: int) -> Iterator[Request]:
+    """A sequence per row of the training set and rollout, as `RolloutSource` will ask for them."""
+    for row in trainer.train_dataset:
+        batch = trainer.train_data_collator([row])
+        prompt = batch["input_ids"][0, : int(batch["prompt_lengths"])]
+        for index in range(num_rollouts):
+            yield Request(prompt, int(row_streams(seed, 0, batch["sample_ids"], index)))
 
 
 def _stop_strings(trainer: DistillationTrainer, rollout: RolloutConfig) -> StopStrings | None:
@@ -250,24 +341,27 @@ def _description(
     distillation: Distillation,
     params: SamplingParams,
     shared: SharedVocabulary | None,
+    teacher: str | None,
 ) -> str:
     distiller, tokenizer = trainer.distiller, trainer.processing_class
     parts: dict[str, Any] = {
         "method": f"{distillation.method} ({distillation.method_row.summary})",
         "student": _parameters(distiller.student.model),
     }
-    if distiller.teacher is not None:
+    if teacher is not None:
         quantised = _quantisation(distillation.teacher)
-        parts["teacher"] = (
-            f"{distillation.teacher.base_model}, {_parameters(distiller.teacher.model)}{quantised}"
-        )
+        parts["teacher"] = f"{distillation.teacher.base_model}, {teacher}{quantised}"
         parts["vocabulary"] = shared
     if distillation.method_row.loss is LossRecipe.DIVERGENCE:
         parts["loss"] = _loss(distillation)
+    if distillation.loss.normalize == "sequence":
+        parts["mean"] = "over sequences"
     if distillation.method_row.rolls_out:
         stops = tokenizer.convert_ids_to_tokens(list(params.stop_token_ids))
         parts["stop set"] = dict(zip(params.stop_token_ids, stops, strict=True))
         parts["rollout"] = _settings(distillation)
+        if distillation.method_row.source is Source.TEACHER:
+            parts["teacher sequences"] = distillation.seqkd.decoding
     parts["memory"] = distiller.forecast
     return "; ".join(f"{name}: {value}" for name, value in parts.items())
 
@@ -278,7 +372,15 @@ def _loss(distillation: Distillation) -> str:
         text += f" of beta {loss.jsd_beta}"
     elif text.startswith("skew"):
         text += f" of alpha {loss.skew_alpha}"
-    return text if loss.loss_temperature == 1 else f"{text} at temperature {loss.loss_temperature}"
+    if loss.loss_temperature != 1:
+        text += f" at temperature {loss.loss_temperature}"
+    if gate := distillation.active_gate:
+        text += (
+            f", gated by {gate.rule} of {gate.top_k}, rejected tokens weigh {gate.reject_weight}"
+        )
+    if (loss.kd_weight, loss.ce_weight) != (1, 0):
+        text = f"{loss.kd_weight} x {text} + {loss.ce_weight} x cross-entropy of data set tokens"
+    return text
 
 
 def _settings(distillation: Distillation) -> str:

@@ -20,7 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from axolotl_skd.methods import Method, get_method
+from axolotl_skd.methods import LossRecipe, Method, get_method
+from axolotl_skd.rollout.types import Source
 
 PAPER_TOP_K = 25
 
@@ -192,6 +193,15 @@ class RolloutConfig(_Block):
     student_top_p: float = Field(0.5, gt=0, le=1, description="Nucleus of the student's proposals.")
     teacher_temperature: float = Field(0.2, gt=0, description="Divides the teacher's logits.")
     teacher_top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of the teacher's samples.")
+    num_rollouts: int = Field(
+        1,
+        ge=1,
+        description="Completions sampled per prompt and step. A micro-batch holds so many rows of "
+        "each prompt that is rolled out: count them in `micro_batch_size`.",
+    )
+    mask_truncated: bool = Field(
+        False, description="Leave rollouts that ran to `max_new_tokens` out of the loss."
+    )
     stop_token_ids: tuple[int, ...] = Field(
         (), description="End a completion, beside the EOS and Axolotl's `eot_tokens`."
     )
@@ -255,6 +265,20 @@ class LossConfig(_Block):
         1.0, gt=0, description="Divides both models' logits in the loss; no factor of its square."
     )
 
+    kd_weight: float = Field(1.0, gt=0, description="Weight of the divergence.")
+    ce_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the cross-entropy of the data set's own completions, added to the "
+        "divergence; rolled-out completions have none.",
+    )
+
+    normalize: Literal["token", "sequence"] = Field(
+        "token",
+        description="The loss is a mean over the tokens of an optimizer step, or over its sequences "
+        "of their own token means.",
+    )
+
     @field_validator("jsd_beta")
     @classmethod
     def _inside(cls, beta: float) -> float:
@@ -264,6 +288,33 @@ class LossConfig(_Block):
             hint = f" What others call beta = {beta:g} is {limit}." if limit else ""
             raise ValueError(f"jsd_beta must lie inside (0, 1), got {beta:g}.{hint}")
         return beta
+
+
+class SeqKdConfig(_Block):
+    """`distillation.seqkd`, of methods that train on the teacher's own completions."""
+
+    decoding: Literal["sampled", "greedy"] = Field(
+        "sampled",
+        description="How the teacher writes them, once before training; `rollout.num_rollouts` of "
+        "them per prompt.",
+    )
+
+
+class GateConfig(_Block):
+    """`distillation.gate`: tokens that it rejects weigh less in the loss (SpecKD, SelecTKD)."""
+
+    rule: Literal["top_k", "speculative"] = Field(
+        "top_k",
+        description="A token is accepted if the student's most likely one is among the teacher's "
+        "`top_k`, or if any of `top_k` draws from the student passes the ratio test.",
+    )
+    top_k: int = Field(5, ge=1, description="k of the rule.")
+    reject_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Weight of rejected tokens: 0 masks them (SpecKD), 1 is no gate (SelecTKD: 0.01).",
+    )
 
 
 class EvalConfig(_Block):
@@ -293,6 +344,12 @@ class Distillation(_Block):
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="The frozen teacher.")
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="How to sample.")
     loss: LossConfig = Field(default_factory=LossConfig, description="What is learned.")
+    seqkd: SeqKdConfig = Field(
+        default_factory=SeqKdConfig, description="The teacher's own completions."
+    )
+    gate: GateConfig | None = Field(
+        None, description="Gate on tokens' losses, with any divergence; `speckd` always has one."
+    )
     eval: EvalConfig | None = Field(None, description="Bundled evaluation before and after.")
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Seed of the rollouts; default Axolotl's `seed`."
@@ -313,6 +370,47 @@ class Distillation(_Block):
             )
         return self
 
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> Distillation:
+        if self.gate is not None and self.method_row.loss is LossRecipe.CROSS_ENTROPY:
+            raise ValueError(
+                f"distillation.gate compares the student with the teacher, but method {self.method!r} "
+                "learns from tokens alone. Remove the gate, or use a method whose loss is a divergence."
+            )
+        self._check_weights()
+        rollout = self.rollout
+        greedy = self.seqkd.decoding == "greedy"
+        if greedy and self.method_row.source is not Source.TEACHER:
+            raise ValueError(
+                "distillation.seqkd.decoding is greedy, but method "
+                f"{self.method!r} does not train on the teacher's completions. Remove it."
+            )
+        if greedy and rollout.num_rollouts > 1:
+            raise ValueError(
+                f"distillation.rollout.num_rollouts is {rollout.num_rollouts}, but greedy completions "
+                "of a prompt are all the same. Set seqkd.decoding: sampled, or num_rollouts: 1."
+            )
+        if not self.method_row.rolls_out and (rollout.num_rollouts > 1 or rollout.mask_truncated):
+            raise ValueError(
+                "distillation.rollout.num_rollouts and mask_truncated are about sampled completions, "
+                f"but method {self.method!r} samples none. Remove them."
+            )
+        return self
+
+    def _check_weights(self) -> None:
+        loss, method = self.loss, self.method_row
+        if method.loss is LossRecipe.CROSS_ENTROPY and (loss.kd_weight, loss.ce_weight) != (1, 0):
+            raise ValueError(
+                "distillation.loss.kd_weight and ce_weight mix two losses, but method "
+                f"{self.method!r} has cross-entropy alone. Remove them."
+            )
+        if loss.ce_weight and not method.needs_completions:
+            raise ValueError(
+                f"distillation.loss.ce_weight is {loss.ce_weight:g}, but method {self.method!r} never "
+                "trains on the data set's completions, and what models wrote is no ground truth. "
+                "Remove it, or use a method that mixes both (mixed_skd, gkd, imitkd, two_stage)."
+            )
+
     @property
     def method_row(self) -> Method:
         return get_method(self.method)
@@ -321,6 +419,11 @@ class Distillation(_Block):
     def divergence(self) -> str:
         """As set, else the method's."""
         return self.loss.divergence or self.method_row.divergence
+
+    @property
+    def active_gate(self) -> GateConfig | None:
+        """As set, else the defaults for a method that has one."""
+        return self.gate or (GateConfig() if self.method_row.gated else None)
 
 
 class DistillationArgs(BaseModel):

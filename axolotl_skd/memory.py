@@ -164,19 +164,22 @@ def step_shape(
     new_tokens: int,
     data_tokens: int,
     rollout_batch_size: int | None,
+    num_rollouts: int,
     activation_bytes: int,
 ) -> StepShape:
     """The shape of a step under Hugging Face's arguments.
 
     Args:
         data_tokens: the longest row of the data set that may be trained on as it is, 0 if none is.
+        num_rollouts: how often each row is rolled out.
     """
     sampled = 0 if source is Source.DATASET else prompt_tokens + new_tokens
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    batch_rows = args.per_device_train_batch_size * num_rollouts
+    rows = batch_rows * args.gradient_accumulation_steps
     return StepShape(
         window_rows=rows,
         rows_in_flight=min(rows, rollout_batch_size or rows),
-        batch_rows=args.per_device_train_batch_size,
+        batch_rows=batch_rows,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         row_tokens=max(sampled, data_tokens),

@@ -39,6 +39,7 @@ class Method:
         summary: one line for people.
         share: which rows the source completes.
         divergence: the default of `distillation.loss.divergence`.
+        gated: is there a gate on the loss where `distillation.gate` does not say which?
     """
 
     source: Source
@@ -46,6 +47,7 @@ class Method:
     summary: str
     share: Share = Share.ALL
     divergence: str = "forward_kl"
+    gated: bool = False
 
     @property
     def needs_teacher(self) -> bool:
@@ -76,6 +78,12 @@ METHODS: dict[str, Method] = {
     "supervised_kd": Method(
         Source.DATASET, LossRecipe.DIVERGENCE, "divergence on the data set's completions"
     ),
+    "speckd": Method(
+        Source.DATASET,
+        LossRecipe.DIVERGENCE,
+        "divergence on the data set's completions, on the tokens that pass the gate",
+        gated=True,
+    ),
     "imitkd": Method(
         Source.STUDENT,
         LossRecipe.DIVERGENCE,
@@ -102,7 +110,9 @@ METHODS: dict[str, Method] = {
         share=Share.LATE,
     ),
     "seqkd": Method(
-        Source.TEACHER, LossRecipe.CROSS_ENTROPY, "fine-tuning on the teacher's completions"
+        Source.TEACHER,
+        LossRecipe.CROSS_ENTROPY,
+        "fine-tuning on what the teacher wrote, once for all",
     ),
     "sft": Method(
         Source.DATASET, LossRecipe.CROSS_ENTROPY, "fine-tuning on the data set's completions"

@@ -6,8 +6,10 @@ Without a `distillation:` block every hook leaves the run as it is.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.common.datasets import TrainDatasetMeta, load_datasets
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import load_tokenizer
@@ -90,7 +92,12 @@ class SKDPlugin(BasePlugin):
             return
         preflight = check_models(cfg, distillation, trainer.processing_class)
         description = assemble(
-            trainer, distillation, preflight, seed=cfg.seed or 0, sequence_len=cfg.sequence_len
+            trainer,
+            distillation,
+            preflight,
+            seed=cfg.seed or 0,
+            sequence_len=cfg.sequence_len,
+            prepared_path=Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH),
         )
         trainer.add_callback(StartLineCallback(description))
 

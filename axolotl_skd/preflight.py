@@ -241,7 +241,7 @@ def warn_of_unknown_tokens(shared: SharedVocabulary) -> None:
 
 
 def check_top_k(distillation: Distillation, shared: SharedVocabulary) -> None:
-    """K beyond the vocabulary would accept everything, which is another method."""
+    """K beyond the vocabulary would accept everything, which is another method or no gate."""
     rollout = distillation.rollout
     verifies = distillation.method_row.source is Source.INTERLEAVED
     top_k = rollout.teacher_top_k
@@ -251,6 +251,12 @@ def check_top_k(distillation: Distillation, shared: SharedVocabulary) -> None:
             f"distillation.rollout.teacher_top_k is {top_k}, but the "
             f"shared vocabulary has {shared.size} tokens. Set 1 to {shared.size}; to accept every "
             "proposal use method: on_policy_kd."
+        )
+    gate = distillation.active_gate
+    if gate is not None and gate.rule == "top_k" and gate.top_k > shared.size:
+        raise ConfigConflictError(
+            f"distillation.gate.top_k is {gate.top_k}, but the shared vocabulary has {shared.size} "
+            "tokens: the gate would accept every token. Lower it, or remove the gate."
         )
 
 

@@ -24,11 +24,16 @@ from axolotl_skd.rollout.sampling import (
     keyed_uniform,
     row_streams,
 )
-from axolotl_skd.rollout.types import Prompts, Rollout, SamplingParams, Source
+from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
 from axolotl_skd.top_k import TopKPolicy
 
 Batch = dict[str, Any]
-"""`DistillationCollator`'s batch, plus `stored_hidden` where a rollout kept the teacher's states."""
+"""`DistillationCollator`'s batch, plus, once completed,
+
+- `streams`: int64 [B], the random stream of each row (`sampling.row_streams`);
+- `rolled_out`: bool [B], rows whose completion was sampled, absent where none was;
+- `stored_hidden`: where a rollout kept the teacher's states.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +67,20 @@ class CompletionSource(Protocol):
 class DatasetSource:
     """The data set's own completions, as collated."""
 
+    def __init__(self, seed: int) -> None:
+        """
+        Args:
+            seed: of the keyed random numbers.
+        """
+        self._seed = seed
+
     def complete(
         self, batches: Sequence[Batch], epoch: int, progress: float
     ) -> tuple[list[Batch], dict[str, Ratio]]:
-        return list(batches), {}
+        return [
+            {**batch, "streams": row_streams(self._seed, epoch, batch["sample_ids"])}
+            for batch in batches
+        ], {}
 
 
 class RolloutSource:
@@ -82,6 +97,9 @@ class RolloutSource:
         params: SamplingParams,
         *,
         share: Callable[[float], float],
+        num_rollouts: int = 1,
+        once: bool = False,
+        mask_truncated: bool = False,
         max_new_tokens: int,
         seed: int,
         pad_token_id: int,
@@ -94,6 +112,9 @@ class RolloutSource:
             source: which model(s) it samples from.
             params: how to sample.
             share: probability that a sequence is rolled out, by the share of steps done.
+            num_rollouts: completions per rolled-out prompt: a micro-batch grows by as many rows.
+            once: sample as in the first epoch in all of them.
+            mask_truncated: keep rollouts that reached the longest length out of the loss.
             max_new_tokens: longest completion.
             seed: of the keyed random numbers.
             pad_token_id, pad_to_multiple_of: as in `pad_rows`.
@@ -103,6 +124,9 @@ class RolloutSource:
         self._source = source
         self._params = params
         self._share = share
+        self._num_rollouts = num_rollouts
+        self._once = once
+        self._mask_truncated = mask_truncated
         self._max_new_tokens = max_new_tokens
         self._seed = seed
         self._pad_token_id = pad_token_id
@@ -115,36 +139,53 @@ class RolloutSource:
         started = time.perf_counter()
         if self._top_k is not None:
             self._params = replace(self._params, teacher_top_k=self._top_k.choose(progress))
-        streams = [row_streams(self._seed, epoch, batch["sample_ids"]) for batch in batches]
-        chosen = [self._choose(rows, progress) for rows in streams]
-        rollout = self._roll_out(batches, streams, chosen)
+        batches = [self._expand(batch, epoch, progress) for batch in batches]
+        rollout = self._roll_out(batches)
         completed, start = [], 0
-        for batch, rows in zip(batches, chosen, strict=True):
-            stop = start + int(rows.sum())
+        for batch in batches:
+            stop = start + int(batch["rolled_out"].sum())
             part = rollout.select(start, stop) if stop > start else None
-            completed.append(self._batch(batch, rows, part))
+            completed.append(self._batch(batch, part))
             start = stop
         metrics = rollout_metrics(rollout, self._source, time.perf_counter() - started)
-        metrics["rollout/share"] = (start, sum(len(rows) for rows in chosen))
+        metrics["rollout/share"] = (start, sum(len(batch["rolled_out"]) for batch in batches))
         if self._top_k is not None:
             metrics["skd/teacher_top_k"] = (self._params.teacher_top_k, 1)
             self._top_k.observe(*metrics["skd/acceptance_rate"])
         return completed, metrics
 
-    def _choose(self, streams: Tensor, progress: float) -> Tensor:
-        """Which rows are rolled out, bool [B] on the CPU."""
-        coins = keyed_uniform(streams, torch.zeros_like(streams), Role.SOURCE)
-        return (coins < self._share(progress)).cpu()
+    def _expand(self, batch: Batch, epoch: int, progress: float) -> Batch:
+        """The batch with as many rows of each prompt as it gets rollouts, a coin deciding which do.
 
-    def _roll_out(
-        self, batches: Sequence[Batch], streams: Sequence[Tensor], chosen: Sequence[Tensor]
-    ) -> Rollout | None:
+        Adds `streams` and `rolled_out` (on the CPU).
+        """
+        samples = batch["sample_ids"]
+        coins = keyed_uniform(
+            row_streams(self._seed, epoch, samples), torch.zeros_like(samples), Role.SOURCE
+        )
+        chosen = (coins < self._share(progress)).cpu()
+        copies = torch.where(chosen, self._num_rollouts, 1)
+        rows = torch.arange(len(chosen)).repeat_interleave(copies)
+        # Which of its prompt's rollouts each row is.
+        index = torch.arange(len(rows)) - (copies.cumsum(0) - copies)[rows]
+        device_rows = rows.to(samples.device)
+        expanded = {name: values[device_rows] for name, values in batch.items()}
+        streams = row_streams(
+            self._seed,
+            0 if self._once else epoch,
+            expanded["sample_ids"],
+            index.to(samples.device),
+        )
+        return {**expanded, "streams": streams, "rolled_out": chosen[rows]}
+
+    def _roll_out(self, batches: Sequence[Batch]) -> Rollout | None:
         ids, keys, samples = [], [], []
-        for batch, stream, rows in zip(batches, streams, chosen, strict=True):
+        for batch in batches:
+            rows, streams = batch["rolled_out"], batch["streams"]
             lengths = batch["prompt_lengths"].tolist()
             ids += [batch["input_ids"][row, : lengths[row]] for row in _indices(rows)]
-            keys.append(stream[rows.to(stream.device)])
-            samples += batch["sample_ids"][rows.to(stream.device)].tolist()
+            keys.append(streams[rows.to(streams.device)])
+            samples += batch["sample_ids"][rows.to(streams.device)].tolist()
         if not ids:
             return None
         key = torch.cat(keys)
@@ -155,24 +196,32 @@ class RolloutSource:
             named = [samples[row] for row in error.rows]
             raise NonFiniteLogitsError(named, whose="sample(s)") from error
 
-    def _batch(self, batch: Batch, chosen: Tensor, rollout: Rollout | None) -> Batch:
-        """A micro-batch with new completions in the chosen rows, in one padding."""
-        prompt_lengths = batch["prompt_lengths"].tolist()
+    def _batch(self, batch: Batch, rollout: Rollout | None) -> Batch:
+        """An expanded micro-batch with new completions in the chosen rows, in one padding."""
+        chosen, prompt_lengths = batch["rolled_out"], batch["prompt_lengths"].tolist()
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         rows = [row[:length] for row, length in zip(batch["input_ids"], lengths, strict=True)]
         completions = [] if rollout is None else rollout.unpadded()
         for row, ids in zip(_indices(chosen), completions, strict=True):
             completion = ids.to(rows[row].device)
             rows[row] = torch.cat([rows[row][: prompt_lengths[row]], completion])
-        completed: Batch = {
-            **pad_rows(rows, prompt_lengths, self._pad_token_id, self._pad_to_multiple_of),
-            "prompt_lengths": batch["prompt_lengths"],
-            "sample_ids": batch["sample_ids"],
+        masked = torch.zeros_like(chosen)
+        if self._mask_truncated and rollout is not None:
+            masked[chosen] = rollout.finish_reasons.cpu() == FinishReason.LENGTH
+        # A masked row is trained on from its end, so nowhere.
+        trained_from = [
+            len(row) if off else length
+            for row, length, off in zip(rows, prompt_lengths, masked.tolist(), strict=True)
+        ]
+        completed = {
+            **batch,
+            **pad_rows(rows, trained_from, self._pad_token_id, self._pad_to_multiple_of),
         }
         hidden = None if rollout is None else rollout.teacher_hidden
         if hidden is not None:
-            mask = rollout.completion_mask.to(hidden.device)
-            completed["stored_hidden"] = StoredHidden(hidden[mask], chosen)
+            kept = ~masked[chosen].to(hidden.device)
+            mask = rollout.completion_mask.to(hidden.device) & kept[:, None]
+            completed["stored_hidden"] = StoredHidden(hidden[mask], chosen & ~masked)
         return completed
 
 

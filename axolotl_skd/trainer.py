@@ -9,7 +9,7 @@ Legend: B rows, L padded length, N completion tokens of a micro-batch, H hidden 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,19 +22,17 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from axolotl_skd.data import IGNORE_INDEX, SAMPLE_ID_COLUMN
-from axolotl_skd.losses.divergences import Divergence, cross_entropy
-from axolotl_skd.losses.fused import (
-    Targets,
-    TeacherTargets,
-    TokenLoss,
-    chunk_size,
-    fused_token_loss,
-)
+from axolotl_skd.losses.fused import TeacherTargets, chunk_size, fused_token_loss
+from axolotl_skd.losses.objective import Objective, Tokens
 from axolotl_skd.memory import GIB, Forecast, PeakMemory, weight_bytes
 from axolotl_skd.methods import LossRecipe, Method, get_method
 from axolotl_skd.metrics import Counters
 from axolotl_skd.rollout.lm import CausalLM, rollout_mode
+from axolotl_skd.rollout.sampling import Role, keyed_uniform
 from axolotl_skd.sources import Batch, CompletionSource
+
+# Positions, padding included, of one forward of the teacher over given rows.
+TEACHER_TOKENS = 2**14
 
 
 class NonFiniteLossError(RuntimeError):
@@ -49,15 +47,17 @@ class Distiller:
         source: where completions come from.
         student: view of the unwrapped student.
         teacher: view of the frozen teacher, None for methods without one.
-        divergence: between teacher and student, for methods that learn distributions.
+        objective: what is learned at a token.
         forecast: of the memory that a step needs.
+        by_sequence: is the loss a mean over sequences (of their token means) instead of over tokens?
     """
 
     source: CompletionSource
     student: CausalLM
     teacher: CausalLM | None
-    divergence: Divergence
+    objective: Objective
     forecast: Forecast
+    by_sequence: bool = False
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -95,7 +95,20 @@ class DistillationCore(Trainer):
         if batches:
             batches, metrics = self._complete(batches)
             self.counters.add(metrics)
-        return batches, self._get_num_items_in_batch(batches, device)
+        return batches, self._num_items(batches, device)
+
+    def _num_items(self, batches: list[Batch], device: torch.device) -> Tensor | None:
+        """What the loss of a window is divided by: its tokens or sequences, over all ranks."""
+        if not batches:
+            return None
+        counts = torch.stack([self._items_by_row(batch["labels"]).sum() for batch in batches])
+        return self._reduce_sum(counts.sum().to(device))
+
+    def _items_by_row(self, labels: Tensor) -> Tensor:
+        """Tokens that are trained on, or whether there are any, int64 [B]."""
+        # The state at position t predicts token t + 1, so the first position is never predicted.
+        tokens = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
+        return tokens.clamp(max=1) if self._attached().by_sequence else tokens
 
     def _complete(self, batches: list[Batch]) -> tuple[list[Batch], dict[str, Any]]:
         distiller = self._attached()
@@ -117,80 +130,109 @@ class DistillationCore(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Sum of token losses / tokens of the window over all ranks, scaled for gradient averaging.
+        """Sum of losses / tokens or sequences of the window over all ranks.
+
+        Scaled for the averaging of gradients. A window in which nothing is trained on gives zero.
 
         Args:
             model: the wrapped student; its forward is the one that syncs gradients.
             inputs: a batch of the source.
             return_outputs: also return {"losses": per token [N]}.
-            num_items_in_batch: completion tokens of the window over all ranks; default this batch's.
+            num_items_in_batch: of the window over all ranks (`_num_items`); default this batch's.
         """
         total, losses, _ = self._token_losses(model, inputs)
-        tokens = len(losses) if num_items_in_batch is None else num_items_in_batch
-        loss = total / tokens
+        items = num_items_in_batch
+        if items is None:
+            items = self._items_by_row(inputs["labels"]).sum()
+        loss = total / torch.as_tensor(items, device=total.device).clamp(min=1)
         if num_items_in_batch is not None:
-            # DDP averages gradients over ranks, while `tokens` counts those of all ranks.
+            # DDP averages gradients over ranks, while `items` counts those of all ranks.
             loss = loss * self.accelerator.num_processes
         return (loss, {"losses": losses}) if return_outputs else loss
 
     def _token_losses(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Sum (with gradient), losses [N] (without), row of each token int64 [N]."""
         distiller = self._attached()
-        # The state at position t predicts token t + 1, so the first position is never predicted.
         predicted = inputs["labels"][:, 1:] != IGNORE_INDEX
         states = distiller.student.wrapped_states(
             model, inputs["input_ids"], inputs["attention_mask"]
         )
         hidden = states[:, :-1][predicted]
+        tokens = self._tokens(inputs, predicted)
         total, losses = fused_token_loss(
             hidden,
             distiller.student.logits,
             distiller.student.head_module,
-            *self._recipe(inputs, predicted),
+            *distiller.objective.recipe(tokens, self._teacher_logits(inputs, predicted)),
             chunk_size(distiller.student.vocab_size),
         )
+        if distiller.objective.gate is not None and torch.is_grad_enabled():
+            accepted = (int(tokens.accepted.sum()), len(losses))
+            self.counters.add({"gate/token_acceptance_rate": accepted})
         rows = predicted.nonzero()[:, 0]
         self._refuse_non_finite(losses, rows, inputs, training=torch.is_grad_enabled())
         return total, losses, rows
 
-    def _recipe(self, inputs: Batch, predicted: Tensor) -> tuple[TokenLoss, Targets]:
-        """The method's loss of tokens, and what it compares this batch's with."""
-        if self.method.loss is LossRecipe.CROSS_ENTROPY:
-            token_ids = inputs["labels"][:, 1:][predicted]
-            return cross_entropy, lambda part: (token_ids[part],)
-        teacher = self._teacher_targets(inputs, predicted)
-        return self._attached().divergence, lambda part: (
-            teacher.logits(part).to(predicted.device),
+    def _tokens(self, inputs: Batch, predicted: Tensor) -> Tokens:
+        """What the loss may ask of this batch's tokens."""
+        rows, columns = predicted.nonzero().unbind(dim=1)
+        # Validation has no streams: a row's random numbers are the same each time.
+        streams = inputs.get("streams", inputs["sample_ids"])
+        rolled_out = inputs.get("rolled_out")
+        from_data = torch.ones_like(rows, dtype=torch.bool)
+        if rolled_out is not None:
+            from_data = ~rolled_out.to(rows.device)[rows]
+        weights = None
+        if self._attached().by_sequence:
+            weights = predicted.sum(dim=1).clamp(min=1).reciprocal()[rows]
+        return Tokens(
+            ids=inputs["labels"][:, 1:][predicted],
+            from_data=from_data,
+            uniforms=keyed_uniform(streams[rows], columns + 1, Role.GATE),
+            accepted=torch.empty_like(rows, dtype=torch.bool),
+            weights=weights,
         )
+
+    def _teacher_logits(self, inputs: Batch, predicted: Tensor) -> Callable[[slice], Tensor] | None:
+        """Of a chunk of the batch's tokens, where the student is; None if the loss needs none."""
+        if self.method.loss is LossRecipe.CROSS_ENTROPY:
+            return None
+        targets = self._teacher_targets(inputs, predicted)
+        return lambda part: targets.logits(part).to(predicted.device)
 
     def _teacher_targets(self, inputs: Batch, predicted: Tensor) -> TeacherTargets:
         """Stored at verification; where it was not, from one forward without gradient."""
         teacher = self._attached().teacher
         stored = inputs.get("stored_hidden")
+        needed = predicted.any(dim=1).cpu()
         if stored is None:
-            every = torch.ones(len(predicted), dtype=torch.bool)
-            return TeacherTargets(self._teacher_hidden(inputs, predicted, every), teacher.logits)
-        if stored.rows.all():
+            return TeacherTargets(self._teacher_hidden(inputs, predicted, needed), teacher.logits)
+        if stored.rows[needed].all():
             return TeacherTargets(stored.states, teacher.logits)
         # Rows of both kinds: each token's state to its place, row by row.
         hidden = stored.states.new_empty(int(predicted.sum()), stored.states.shape[1])
         verified = stored.rows.to(predicted.device)[predicted.nonzero()[:, 0]].to(hidden.device)
         hidden[verified] = stored.states
-        hidden[~verified] = self._teacher_hidden(inputs, predicted, ~stored.rows)
+        hidden[~verified] = self._teacher_hidden(inputs, predicted, needed & ~stored.rows)
         return TeacherTargets(hidden, teacher.logits)
 
     def _teacher_hidden(self, inputs: Batch, predicted: Tensor, rows: Tensor) -> Tensor:
-        """The teacher's states [n, H] that predict the tokens of some rows (bool [B])."""
-        teacher = self._attached().teacher
+        """The teacher's states [n, H] that predict the tokens of some rows (bool [B] on the CPU).
 
-        def part(values: Tensor) -> Tensor:
-            return values[rows.to(values.device)].to(teacher.device)
-
-        with torch.no_grad():
-            hidden = teacher.hidden_states(
-                part(inputs["input_ids"]), part(inputs["attention_mask"])
-            )
-        return hidden[:, :-1][part(predicted)]
+        Some rows at a time: at no time are there states of more than `TEACHER_TOKENS` positions, or one
+        row's, beside those that are kept.
+        """
+        teacher, width = self._attached().teacher, inputs["input_ids"].shape[1]
+        names = ("input_ids", "attention_mask")
+        kept = []
+        for part in rows.nonzero()[:, 0].split(max(1, TEACHER_TOKENS // width)):
+            if len(part) == 0:  # of no rows at all
+                return torch.empty(0, teacher.state_size, device=teacher.device)
+            ids, mask = (inputs[name][part.to(predicted.device)] for name in names)
+            with torch.no_grad():
+                hidden = teacher.hidden_states(ids.to(teacher.device), mask.to(teacher.device))
+            kept.append(hidden[:, :-1][predicted[part.to(predicted.device)].to(teacher.device)])
+        return torch.cat(kept)
 
     def _refuse_non_finite(
         self, losses: Tensor, rows: Tensor, inputs: Batch, training: bool
@@ -217,13 +259,13 @@ class DistillationCore(Trainer):
     # Evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Hugging Face's loop, with the token mean over set and ranks in place of its mean of means."""
+        """Hugging Face's loop, with one mean over set and ranks in place of its mean of means."""
         self._eval_totals = torch.zeros(2, dtype=torch.float64)
         output = super().evaluation_loop(*args, **kwargs)
-        total, tokens = self._eval_totals.tolist()
+        total, items = self._eval_totals.tolist()
         prefix = kwargs.get("metric_key_prefix", "eval")
-        if tokens:
-            output.metrics[f"{prefix}_loss"] = total / tokens
+        if items:
+            output.metrics[f"{prefix}_loss"] = total / items
         return output
 
     @torch.no_grad()
@@ -237,12 +279,12 @@ class DistillationCore(Trainer):
         """The training loss on the data set's own completions, on the training scale."""
         inputs = self._prepare_inputs(inputs)
         total, losses, rows = self._token_losses(model, inputs)
-        num_rows = len(inputs["input_ids"])
-        sums = losses.new_zeros(num_rows, 2, dtype=torch.float64)
-        sums.index_add_(0, rows, torch.stack([losses, torch.ones_like(losses)], dim=1).double())
+        items = self._items_by_row(inputs["labels"])
+        sums = torch.stack([torch.zeros_like(items), items], dim=1).double()
+        sums[:, 0].index_add_(0, rows, losses.double())
         # Row by row, since the last batch repeats rows to fill all ranks and those are cut here.
         self._eval_totals += self.accelerator.gather_for_metrics(sums).sum(dim=0).cpu()
-        return total / max(len(losses), 1), None, None
+        return total / items.sum().clamp(min=1), None, None
 
     # Logs and columns
 

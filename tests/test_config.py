@@ -22,14 +22,17 @@ from axolotl_skd.config import (
     Distillation,
     DistillationArgs,
     EvalConfig,
+    GateConfig,
     LossConfig,
     RolloutConfig,
+    SeqKdConfig,
     TeacherConfig,
     TopKSchedule,
     TopKTarget,
     read_distillation,
 )
 from axolotl_skd.losses.divergences import DIVERGENCES
+from axolotl_skd.losses.gates import GATES
 from axolotl_skd.methods import METHODS
 from tests.helpers import save_pair
 
@@ -69,6 +72,8 @@ def test_defaults_are_the_papers() -> None:
         "student_top_p": 0.5,
         "teacher_temperature": 0.2,
         "teacher_top_p": 1.0,
+        "num_rollouts": 1,
+        "mask_truncated": False,
         "stop_token_ids": (),
         "stop_strings": (),
     }
@@ -105,6 +110,7 @@ def test_temperatures_are_positive(key: str, value: Any) -> None:
         "teacher_top_k",
         "num_draft_tokens",
         "rollout_batch_size",
+        "num_rollouts",
         "max_prompt_tokens",
         "max_new_tokens",
     ],
@@ -240,6 +246,62 @@ def test_sft_needs_no_teacher() -> None:
     assert Distillation.model_validate({"method": "sft"}).teacher.base_model is None
 
 
+@pytest.mark.parametrize("method", ["sft", "seqkd"])
+def test_a_gate_needs_a_divergence(method: str) -> None:
+    message = refusal(method=method, gate={})
+    assert f"method {method!r} learns from tokens alone. Remove the gate" in message
+
+
+@pytest.mark.parametrize(
+    "gate", [{"reject_weight": 1.1}, {"reject_weight": -1}, {"top_k": 0}, {"rule": "top_p"}]
+)
+def test_a_gate_has_its_bounds(gate: dict[str, Any]) -> None:
+    (key,) = gate
+    assert f"gate.{key}" in refusal(gate=gate)
+
+
+@pytest.mark.parametrize("method", ["skd", "on_policy_kd"])
+def test_cross_entropy_needs_ground_truth(method: str) -> None:
+    message = refusal(method=method, loss={"ce_weight": 0.5})
+    assert f"ce_weight is 0.5, but method {method!r} never trains on the data set's" in message
+    for other in ("supervised_kd", "speckd", "gkd", "mixed_skd", "two_stage"):
+        assert distillation(method=other, loss={"ce_weight": 0.5}).loss.ce_weight == 0.5
+
+
+@pytest.mark.parametrize("loss", [{"ce_weight": 0.5}, {"kd_weight": 0.5}])
+@pytest.mark.parametrize("method", ["sft", "seqkd"])
+def test_there_is_nothing_to_mix_into_a_cross_entropy(method: str, loss: dict[str, float]) -> None:
+    assert f"method {method!r} has cross-entropy alone" in refusal(method=method, loss=loss)
+
+
+@pytest.mark.parametrize("loss", [{"ce_weight": -0.5}, {"kd_weight": 0}])
+def test_weights_have_bounds(loss: dict[str, float]) -> None:
+    (key,) = loss
+    assert f"loss.{key}" in refusal(method="supervised_kd", loss=loss)
+
+
+@pytest.mark.parametrize("keys", [{"num_rollouts": 2}, {"mask_truncated": True}])
+def test_methods_that_sample_nothing_refuse_keys_about_samples(keys: dict[str, Any]) -> None:
+    assert "method 'supervised_kd' samples none" in refusal(method="supervised_kd", rollout=keys)
+    distillation(method="seqkd", rollout=keys)
+
+
+def test_greedy_sequences_are_the_teachers_and_one_per_prompt() -> None:
+    greedy = {"decoding": "greedy"}
+    assert distillation(method="seqkd", seqkd=greedy).seqkd.decoding == "greedy"
+    assert "method 'skd' does not train on the teacher's" in refusal(seqkd=greedy)
+    message = refusal(method="seqkd", seqkd=greedy, rollout={"num_rollouts": 2})
+    assert "num_rollouts is 2, but greedy completions" in message
+
+
+def test_speckd_always_has_a_gate_and_others_where_they_are_given_one() -> None:
+    gate = GateConfig(rule="speculative", top_k=5, reject_weight=0.01)
+    assert distillation(method="speckd").active_gate == GateConfig()
+    for method in ("speckd", "skd"):
+        assert distillation(method=method, gate=gate.model_dump()).active_gate == gate
+    assert distillation(method="supervised_kd").active_gate is None
+
+
 def test_an_unknown_method_is_answered_with_the_nearest() -> None:
     message = refusal(method="supervized_kd")
     assert "there is no method 'supervized_kd'. Did you mean 'supervised_kd'?" in message
@@ -267,10 +329,8 @@ def test_an_unknown_key_is_answered_with_the_nearest(keys: Any, wrong: str, near
 @pytest.mark.parametrize(
     "keys",
     [
-        {"loss": {"kd_weight": 1.0}},
         {"teacher": {"base_model": "t", "adapter": "x"}},
         {"rollout": {"accept": "top_p"}},
-        {"rollout": {"num_rollouts": 2}},
     ],
 )
 def test_a_key_of_the_design_that_does_nothing_yet_is_unknown(keys: Any) -> None:
@@ -285,8 +345,18 @@ def test_a_block_must_be_a_block(block: str, value: Any) -> None:
 
 
 def blocks() -> Iterator[type[BaseModel]]:
-    yield from (DistillationArgs, Distillation, TeacherConfig, RolloutConfig, EvalConfig)
-    yield from (TopKSchedule, TopKTarget)
+    yield from (
+        DistillationArgs,
+        Distillation,
+        TeacherConfig,
+        RolloutConfig,
+        LossConfig,
+        GateConfig,
+        SeqKdConfig,
+        EvalConfig,
+        TopKSchedule,
+        TopKTarget,
+    )
 
 
 @pytest.mark.parametrize("block", blocks(), ids=lambda block: block.__name__)
@@ -354,7 +424,7 @@ open(sys.argv[1], "w").write(json.dumps(answers))
 
 BAD_BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"rollout": {"teacher_topk": 3}}, "Did you mean 'teacher_top_k'?"),
-    "not implemented": ({"loss": {"kd_weight": 1.0}}, "unknown key 'kd_weight'"),
+    "not implemented": ({"teacher": {"adapter": "x"}}, "unknown key 'adapter'"),
     "unknown method": ({"method": "sdk"}, "Did you mean 'skd'?"),
     "bound": ({"rollout": {"student_top_p": 1.5}}, "distillation.rollout.student_top_p"),
     "no teacher": ({"teacher": {}}, "distillation.teacher.base_model is not set"),
@@ -423,4 +493,5 @@ def test_jsd_beta_lies_inside_and_names_what_others_mean(beta: float, hint: str)
 def test_the_divergences_of_the_schema_are_those_of_the_table() -> None:
     literal, _none = get_args(LossConfig.model_fields["divergence"].annotation)
     assert set(get_args(literal)) == set(DIVERGENCES)
+    assert set(get_args(GateConfig.model_fields["rule"].annotation)) == set(GATES)
     assert {row.divergence for row in METHODS.values()} <= set(DIVERGENCES)

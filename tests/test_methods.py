@@ -14,6 +14,7 @@ EXPECTED = {
     "skd": (Source.INTERLEAVED, LossRecipe.DIVERGENCE, True, False, True),
     "on_policy_kd": (Source.STUDENT, LossRecipe.DIVERGENCE, True, False, True),
     "supervised_kd": (Source.DATASET, LossRecipe.DIVERGENCE, True, True, False),
+    "speckd": (Source.DATASET, LossRecipe.DIVERGENCE, True, True, False),
     "imitkd": (Source.STUDENT, LossRecipe.DIVERGENCE, True, True, True),
     "gkd": (Source.STUDENT, LossRecipe.DIVERGENCE, True, True, True),
     "mixed_skd": (Source.INTERLEAVED, LossRecipe.DIVERGENCE, True, True, True),
@@ -36,7 +37,9 @@ def test_rows_can_not_be_changed() -> None:
 
 
 def test_rows_differ_and_describe_themselves() -> None:
-    kinds = {(row.source, row.loss, row.share, row.divergence) for row in METHODS.values()}
+    kinds = {
+        (row.source, row.loss, row.share, row.divergence, row.gated) for row in METHODS.values()
+    }
     assert len(kinds) == len(METHODS)
     summaries = [row.summary for row in METHODS.values()]
     assert all(summaries) and len(set(summaries)) == len(METHODS)

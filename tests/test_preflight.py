@@ -10,7 +10,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.enums import RLType
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from axolotl_skd.config import Distillation
+from axolotl_skd.config import Distillation, GateConfig
 from axolotl_skd.preflight import (
     ConfigConflictError,
     check_block_is_there,
@@ -297,6 +297,15 @@ def test_no_k_of_the_run_may_lie_beyond(top_k: dict[str, Any]) -> None:
         check_top_k(distillation(teacher_top_k=top_k), shared)
     # Rules without a K do not care about its default of 25.
     check_top_k(distillation(acceptance="speculative"), shared)
+
+
+def test_a_gate_that_could_reject_nothing_is_refused() -> None:
+    shared = SharedVocabulary(size=10, student_size=10, teacher_size=10, student_only=())
+    gated = distillation("speckd").model_copy(update={"gate": GateConfig(top_k=11)})
+    with pytest.raises(ConfigConflictError, match="gate.top_k is 11.*has 10 tokens"):
+        check_top_k(gated, shared)
+    draws = GateConfig(rule="speculative", top_k=11)
+    check_top_k(gated.model_copy(update={"gate": draws}), shared)
 
 
 @pytest.mark.parametrize("name", ["no/such-teacher", "{tmp_path}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from axolotl_skd.data import IGNORE_INDEX, pad_rows
+from axolotl_skd.rollout.sampling import row_streams
 from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
 from axolotl_skd.sources import RolloutSource
 
@@ -39,16 +41,32 @@ def echo(prompts: Prompts, _params: SamplingParams) -> Rollout:
     )
 
 
-def source(share: float) -> RolloutSource:
+def keyed_echo(prompts: Prompts, params: SamplingParams) -> Rollout:
+    """Completes every prompt by a token made from its stream; odd ones ran to the limit."""
+    rollout = echo(prompts, params)
+    keys = (prompts.streams % 1000 + 1000)[:, None]
+    return replace(
+        rollout,
+        completion_ids=keys * rollout.completion_mask,
+        finish_reasons=torch.where(
+            keys[:, 0] % 2 == 1, int(FinishReason.LENGTH), int(FinishReason.STOP)
+        ),
+    )
+
+
+def source(share: float, **options: Any) -> RolloutSource:
     return RolloutSource(
-        echo,
+        options.pop("sample", echo),
         Source.INTERLEAVED,
         PARAMS,
         share=lambda _progress: share,
-        max_new_tokens=3,
-        seed=5,
-        pad_token_id=0,
-        pad_to_multiple_of=None,
+        **{
+            "max_new_tokens": 3,
+            "seed": 5,
+            "pad_token_id": 0,
+            "pad_to_multiple_of": None,
+            **options,
+        },
     )
 
 
@@ -121,3 +139,57 @@ def test_the_share_is_the_probability(share: float) -> None:
     chosen = rolled_out(source(share).complete([batch(list(range(count)))], 3, 0.0)[0][0])
     bound = math.sqrt(math.log(2 / 1e-9) / (2 * count))
     assert abs(float(chosen.double().mean()) - share) < bound
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_several_rollouts_of_a_prompt_are_rows_of_their_own(share: float) -> None:
+    """Rows of the data set stay single; the first rollout is the one there would have been alone."""
+    ids = list(range(12))
+    alone = source(share, sample=keyed_echo).complete([batch(ids)], 2, 0.0)[0][0]
+    (several,), metrics = source(share, sample=keyed_echo, num_rollouts=3).complete(
+        [batch(ids)], 2, 0.0
+    )
+    row = 0
+    for sample, sampled in zip(ids, alone["rolled_out"].tolist(), strict=True):
+        copies = 3 if sampled else 1
+        group = [tokens(several, i) for i in range(row, row + copies)]
+        assert several["sample_ids"][row : row + copies].tolist() == [sample] * copies
+        assert several["rolled_out"][row : row + copies].tolist() == [sampled] * copies
+        assert group[0] == tokens(alone, sample)
+        assert len({tuple(prompt) for prompt, _ in group}) == 1
+        assert len({tuple(completion) for _, completion in group}) == copies
+        row += copies
+    assert row == len(several["input_ids"])
+    count = 3 * int(alone["rolled_out"].sum())
+    assert metrics["rollout/share"] == (count, row)
+    assert several["stored_hidden"].rows.tolist() == several["rolled_out"].tolist()
+
+
+def test_streams_are_those_of_sample_and_rollout() -> None:
+    (completed,), _ = source(1.0, num_rollouts=2).complete([batch([4, 7])], 3, 0.0)
+    expected = [row_streams(5, 3, torch.tensor([i]), r).item() for i in (4, 7) for r in (0, 1)]
+    assert completed["streams"].tolist() == expected
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_truncated_rollouts_can_be_left_out_of_the_loss(share: float) -> None:
+    options = {"sample": keyed_echo, "num_rollouts": 2}
+    (kept,), _ = source(share, **options).complete([batch(list(range(20)))], 0, 0.0)
+    (masked,), _ = source(share, **options, mask_truncated=True).complete(
+        [batch(list(range(20)))], 0, 0.0
+    )
+    assert torch.equal(kept["input_ids"], masked["input_ids"])
+    stored, expected = kept["stored_hidden"], []
+    lengths = (kept["labels"] != IGNORE_INDEX).sum(dim=1)[stored.rows]
+    parts = iter(stored.states.split(lengths.tolist()))
+    for row, sampled in enumerate(stored.rows.tolist()):
+        before, after = kept["labels"][row], masked["labels"][row]
+        states = next(parts) if sampled else None
+        if sampled and int(before.max()) % 2 == 1:
+            assert (after == IGNORE_INDEX).all() and not masked["stored_hidden"].rows[row]
+            continue
+        assert torch.equal(after, before)
+        assert masked["stored_hidden"].rows[row] == sampled
+        expected += [states] if sampled else []
+    assert 0 < len(expected) < len(lengths)
+    assert torch.equal(masked["stored_hidden"].states, torch.cat(expected))

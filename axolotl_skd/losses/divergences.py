@@ -125,6 +125,15 @@ def at_temperature(divergence: Divergence, temperature: float) -> Divergence:
     return tempered
 
 
+def scaled(loss: ValueAndGradient, weights: Tensor) -> ValueAndGradient:
+    """The losses times constants [N]; a weight of zero leaves nothing, not even of an infinite loss."""
+    nothing = weights == 0
+    return ValueAndGradient(
+        (loss.values * weights).masked_fill_(nothing, 0.0),
+        lambda: (loss.gradient() * weights[:, None]).masked_fill_(nothing[:, None], 0.0),
+    )
+
+
 def cross_entropy(student_logits: Tensor, token_ids: Tensor) -> ValueAndGradient:
     """-log q(token): [N, V], int64 [N]; the gradient is q - 1[token]."""
     student = _logprobs(student_logits)

@@ -56,7 +56,8 @@ class Role(IntEnum):
     STUDENT = 0
     TEACHER = 1
     ACCEPT = 2  # of acceptance rules that draw one
-    SOURCE = 4  # whether a sequence is rolled out at all; 3 is kept for gates
+    GATE = 3  # of gates on tokens' losses
+    SOURCE = 4  # whether a sequence is rolled out at all
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -77,14 +78,16 @@ def _fold(state: Tensor, value: Tensor | int) -> Tensor:
     )
 
 
-def row_streams(seed: int, epoch: int, sample_ids: Tensor, rollout_index: int = 0) -> Tensor:
+def row_streams(
+    seed: int, epoch: int, sample_ids: Tensor, rollout_index: int | Tensor = 0
+) -> Tensor:
     """One random stream per row.
 
     Args:
         seed: the run's seed.
         epoch: index of the epoch; a sample is rolled out anew in each.
         sample_ids: int64 [B], what identifies the row of the data set.
-        rollout_index: which of several rollouts of the same prompt.
+        rollout_index: which of several rollouts of the same prompt; one for all, or int64 [B].
 
     Returns:
         int64 [B]

@@ -25,6 +25,7 @@ from work import PUBLISHED_DRAFT, Draft, Work
 
 from axolotl_skd.data import IGNORE_INDEX, pad_rows
 from axolotl_skd.losses.divergences import forward_kl
+from axolotl_skd.losses.objective import Objective
 from axolotl_skd.memory import Forecast, forecast, step_shape
 from axolotl_skd.methods import get_method
 from axolotl_skd.rollout.engine import RolloutEngine
@@ -124,7 +125,7 @@ class OurStep:
                 ),
                 student=engine.student,
                 teacher=engine.teacher,
-                divergence=forward_kl,
+                objective=Objective(forward_kl),
                 forecast=self._forecast(engine),
             )
         )
@@ -138,6 +139,7 @@ class OurStep:
             prompt_tokens=max(map(len, step.work.prompts.ids)),
             new_tokens=step.max_new,
             rollout_batch_size=None,
+            num_rollouts=1,
             activation_bytes=step.pair.student.dtype.itemsize,
         )
         return forecast(engine.student, engine.teacher, shape)

@@ -42,7 +42,8 @@ def results(folder: Path, rank: int) -> dict[str, Any]:
 
 
 @pytest.mark.ranks
-def test_two_ranks_equal_one(pair: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+def test_two_ranks_equal_one(pair: Path, tmp_path: Path, normalize: str) -> None:
     """Rows of unequal length, so per-rank normalisation or separate training would show.
 
     11 validation rows do not fill two ranks: the repeated ones must not count.
@@ -55,6 +56,7 @@ def test_two_ranks_equal_one(pair: Path, tmp_path: Path) -> None:
     )
     # Steered by the counts of all ranks: another K would give other rollouts.
     config["distillation"]["rollout"]["teacher_top_k"] = {"target_acceptance": 0.9, "start": 20}
+    config["distillation"]["loss"] = {"normalize": normalize}
     config["datasets"][0]["path"] = str(tmp_path / "train.jsonl")
     config["test_datasets"][0]["path"] = str(tmp_path / "validation.jsonl")
     config["dataset_prepared_path"] = str(tmp_path / "prepared")

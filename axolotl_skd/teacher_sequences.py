@@ -1,0 +1,216 @@
+"""The teacher's own completions (`seqkd`): made once before training, kept on disk, read from there.
+
+A folder belongs to a teacher and the settings of its sampling; an entry in it to a prompt and a random
+stream, so to a row of the data and one of its rollouts. Entries come in files named by the digest of
+their contents: one that does not match is dropped and made again. Files appear whole or not at all, so
+an interrupted run goes on where it was.
+
+Legend: B rows, T longest completion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.utils.logging import get_logger
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
+
+LOG = get_logger(__name__)
+
+# Numbers of each weight matrix that identify a model.
+_FINGERPRINT_NUMBERS = 64
+_SUFFIX = ".sequences"
+
+
+class MissingSequencesError(RuntimeError):
+    """Sequences that should have been made by now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A sequence that is wanted.
+
+    Attributes:
+        prompt: int64 [P].
+        stream: its random stream (`sampling.row_streams`).
+    """
+
+    prompt: Tensor
+    stream: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.stream}:{_digest(self.prompt.numpy().tobytes())}"
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSequence:
+    """A completion: its token ids, and why it ended."""
+
+    ids: tuple[int, ...]
+    finish: FinishReason
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What identifies a teacher wherever it lies: its configuration and part of every weight."""
+    config = model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, len(flat) // _FINGERPRINT_NUMBERS)]
+        digest.update(name.encode() + some.cpu().double().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def sequence_folder(prepared_path: Path, settings: Mapping[str, Any]) -> Path:
+    """Where sequences made with these settings (JSON) lie; they are written there for people too."""
+    text = json.dumps(settings, sort_keys=True, indent=1)
+    folder = prepared_path / "teacher_sequences" / _digest(text.encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def read_sequences(folder: Path) -> dict[str, TeacherSequence]:
+    """All sound entries by key; files that are not are said and removed."""
+    found = {}
+    for path in sorted(folder.glob(f"*{_SUFFIX}")):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:  # another rank removed it
+            continue
+        if _digest(content) != path.stem:
+            LOG.warning("%s is corrupt: its sequences are made again.", path)
+            path.unlink(missing_ok=True)
+            continue
+        for key, (ids, finish) in json.loads(content).items():
+            found[key] = TeacherSequence(tuple(ids), FinishReason(finish))
+    return found
+
+
+def write_sequences(folder: Path, sequences: Mapping[str, TeacherSequence]) -> Path:
+    """A file of entries, whole or not at all."""
+    entries = {key: [one.ids, int(one.finish)] for key, one in sequences.items()}
+    content = json.dumps(entries).encode()
+    path = folder / f"{_digest(content)}{_SUFFIX}"
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
+    return path
+
+
+def make_sequences(
+    requests: Sequence[Request],
+    folder: Path,
+    sample: Callable[[Prompts, SamplingParams], Rollout],
+    params: SamplingParams,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+) -> dict[int, TeacherSequence]:
+    """Read what is there, make what is not: each rank its share, all wait for all.
+
+    Args:
+        requests: of the whole data set, in the same order on all ranks.
+        folder: see `sequence_folder`; one that all ranks see.
+        sample: the engine's sampler.
+        params: how to sample.
+        max_new_tokens: longest completion.
+        batch_size: sequences that are made, and kept, at a time.
+        rank, num_ranks: of this process.
+        barrier: waits for all ranks.
+
+    Returns:
+        the sequences by stream.
+
+    Raises:
+        MissingSequencesError: another rank's share is not in the folder.
+    """
+    known = read_sequences(folder)
+    # By position in the whole list: what is known may differ while other ranks already write.
+    mine = {request.key: request for request in requests[rank::num_ranks]}
+    wanted = [request for key, request in mine.items() if key not in known]
+    if wanted and len(wanted) < len(mine):
+        LOG.info("%d of %d teacher sequences are there already", len(mine) - len(wanted), len(mine))
+    with tqdm(
+        total=len(mine),
+        initial=len(mine) - len(wanted),
+        desc="teacher sequences",
+        disable=rank > 0 or not wanted,
+    ) as progress:
+        for start in range(0, len(wanted), batch_size):
+            group = wanted[start : start + batch_size]
+            streams = torch.tensor([request.stream for request in group])
+            rollout = sample(
+                Prompts(
+                    tuple(request.prompt for request in group),
+                    streams,
+                    torch.full_like(streams, max_new_tokens),
+                ),
+                params,
+            )
+            made = zip(rollout.unpadded(), rollout.finish_reasons.tolist(), strict=True)
+            write_sequences(
+                folder,
+                {
+                    request.key: TeacherSequence(tuple(ids.tolist()), FinishReason(finish))
+                    for request, (ids, finish) in zip(group, made, strict=True)
+                },
+            )
+            progress.update(len(group))
+    barrier()
+    known = read_sequences(folder)
+    missing = sum(request.key not in known for request in requests)
+    if missing:
+        raise MissingSequencesError(
+            f"{missing} of {len(requests)} teacher sequences are not in {folder}, although all ranks "
+            "have made their share. Set dataset_prepared_path to a folder that every rank can read."
+        )
+    return {request.stream: known[request.key] for request in requests}
+
+
+class StoredSequences:
+    """A sampler that looks its completions up."""
+
+    def __init__(self, by_stream: Mapping[int, TeacherSequence]) -> None:
+        self._by_stream = by_stream
+
+    def __call__(self, prompts: Prompts, params: SamplingParams) -> Rollout:
+        """The completions of these streams, as if the teacher had just sampled them."""
+        device = prompts.streams.device
+        rows = [self._by_stream[stream] for stream in prompts.streams.tolist()]
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row.ids, device=device) for row in rows], batch_first=True
+        )
+        lengths = torch.tensor([len(row.ids) for row in rows], device=device)
+        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        return Rollout(
+            completion_ids=ids,
+            completion_mask=mask,
+            accepted_mask=torch.zeros_like(mask),
+            proposed_ids=torch.full_like(ids, -1),
+            teacher_hidden=None,
+            finish_reasons=torch.tensor([int(row.finish) for row in rows], device=device),
+            num_proposed=torch.zeros_like(lengths),
+            source=Source.TEACHER,
+            num_rounds=0,
+        )
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,161 @@
+"""Teacher sequences on disk: made once, resumed, shared by ranks, and never trusted unseen."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
+from axolotl_skd.teacher_sequences import (
+    MissingSequencesError,
+    Request,
+    StoredSequences,
+    TeacherSequence,
+    fingerprint,
+    make_sequences,
+    read_sequences,
+    sequence_folder,
+)
+from tests.helpers import save_model
+
+PARAMS = SamplingParams(3, 2, 1.0, 1.0, 1.0, 1.0, (2,))
+REQUESTS = [Request(torch.tensor([5, 6, i]), stream=100 + i) for i in range(7)]
+
+
+@dataclass
+class Teacher:
+    """Completes a prompt that ends in i by i % 3 + 1 times its stream; may be interrupted."""
+
+    asked: list[int] = field(default_factory=list)
+    calls_until_interrupted: int = -1
+
+    def __call__(self, prompts: Prompts, params: SamplingParams) -> Rollout:
+        if self.calls_until_interrupted == 0:
+            raise KeyboardInterrupt
+        self.calls_until_interrupted -= 1
+        assert params is PARAMS and prompts.max_new_tokens.tolist() == [3] * len(prompts.ids)
+        self.asked += prompts.streams.tolist()
+        lengths = torch.tensor([int(ids[-1]) % 3 + 1 for ids in prompts.ids])
+        mask = torch.arange(3) < lengths[:, None]
+        return Rollout(
+            completion_ids=prompts.streams[:, None] * mask,
+            completion_mask=mask,
+            accepted_mask=mask,
+            proposed_ids=prompts.streams[:, None] * mask,
+            teacher_hidden=None,
+            finish_reasons=torch.where(lengths == 3, int(FinishReason.LENGTH), 0),
+            num_proposed=lengths,
+            source=Source.TEACHER,
+            num_rounds=1,
+        )
+
+
+def make(
+    folder: Path, teacher: Teacher, requests: list[Request] = REQUESTS, **ranks: Any
+) -> dict[int, TeacherSequence]:
+    return make_sequences(
+        requests, folder, teacher, PARAMS, max_new_tokens=3, batch_size=2, **ranks
+    )
+
+
+EXPECTED = {
+    request.stream: TeacherSequence(
+        (request.stream,) * (i % 3 + 1), FinishReason.LENGTH if i % 3 == 2 else FinishReason.STOP
+    )
+    for i, request in enumerate(REQUESTS)
+}
+
+
+def test_sequences_are_made_once(tmp_path: Path) -> None:
+    first, second = Teacher(), Teacher()
+    assert make(tmp_path, first) == EXPECTED
+    assert first.asked == [request.stream for request in REQUESTS]
+    assert make(tmp_path, second) == EXPECTED
+    assert second.asked == []
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, Teacher(calls_until_interrupted=2))
+    again = Teacher()
+    assert make(tmp_path, again) == EXPECTED
+    assert again.asked == [104, 105, 106]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_what_is_corrupt_is_made_again(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, Teacher())
+    victim = next(path for path in tmp_path.iterdir() if b"[[102" in path.read_bytes())
+    content = victim.read_bytes()
+    flipped = content.replace(b"102, 102", b"102, 103")
+    assert flipped != content
+    victim.write_bytes({"flip": flipped, "cut": content[:-9], "empty": b""}[damage])
+    again = Teacher()
+    with caplog.at_level(logging.WARNING):
+        assert make(tmp_path, again) == EXPECTED
+    assert again.asked == [102, 103]
+    assert f"{victim} is corrupt" in caplog.text
+    assert read_sequences(tmp_path).keys() == {request.key for request in REQUESTS}
+
+
+def test_other_prompts_and_streams_are_other_sequences(tmp_path: Path) -> None:
+    """An id column can survive while its prompt is edited."""
+    make(tmp_path, Teacher())
+    edited = Request(torch.tensor([5, 7, 1]), stream=101)
+    another = Request(REQUESTS[2].prompt, stream=300)
+    teacher = Teacher()
+    make(tmp_path, teacher, [edited, another, REQUESTS[3]])
+    assert teacher.asked == [101, 300]
+
+
+def test_ranks_make_their_shares_and_wait(tmp_path: Path) -> None:
+    """Rank 1 works while rank 0 waits; part of the shares was there before, from one rank alone."""
+    make(tmp_path, Teacher(), REQUESTS[:3])
+    teachers = [Teacher(), Teacher()]
+    others: list[dict[int, TeacherSequence]] = []
+
+    def barrier() -> None:
+        others.append(make(tmp_path, teachers[1], rank=1, num_ranks=2))
+
+    assert make(tmp_path, teachers[0], rank=0, num_ranks=2, barrier=barrier) == EXPECTED
+    assert others == [EXPECTED]
+    assert [teacher.asked for teacher in teachers] == [[104, 106], [103, 105]]
+
+
+def test_a_folder_that_ranks_do_not_share_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingSequencesError, match="3 of 7 .* folder that every rank can read"):
+        make(tmp_path, Teacher(), rank=0, num_ranks=2)
+
+
+def test_every_setting_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    folders = [
+        sequence_folder(tmp_path, settings)
+        for settings in ({"teacher": "a", "seed": 1}, {"seed": 1, "teacher": "a"}, {"seed": 2})
+    ]
+    assert folders[0] == folders[1] != folders[2]
+    assert folders[0].is_relative_to(tmp_path)
+    assert '"teacher": "a"' in (folders[0] / "settings.json").read_text()
+
+
+def test_a_fingerprint_is_that_of_weights_and_configuration(tmp_path: Path) -> None:
+    models = [save_model(tmp_path / str(i), seed=seed) for i, seed in enumerate((1, 1, 2))]
+    assert fingerprint(models[0]) == fingerprint(models[1]) != fingerprint(models[2])
+    models[1].config.rms_norm_eps = 0.1
+    assert fingerprint(models[0]) != fingerprint(models[1])
+
+
+def test_stored_sequences_come_as_a_rollout() -> None:
+    streams = torch.tensor([102, 100, 102])
+    prompts = Prompts((torch.tensor([1]),) * 3, streams, torch.full((3,), 3))
+    rollout = StoredSequences(EXPECTED)(prompts, PARAMS)
+    assert [row.tolist() for row in rollout.unpadded()] == [[102] * 3, [100], [102] * 3]
+    assert rollout.finish_reasons.tolist() == [1, 0, 1]
+    assert rollout.source is Source.TEACHER and not rollout.accepted_mask.any()
+    assert rollout.select(1, 2).completion_ids.tolist() == [[100]]
