@@ -15,20 +15,20 @@ class ConversionError(ValueError):
 
 
 def chat_row(
-    row: Mapping[str, Any], user: str, assistant: str, remove: Iterable[str] = ()
+    row: Mapping[str, Any], user: str, assistant: str | None, remove: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """One user and one assistant turn.
+    """One user and, unless it is to be a prompt alone, one assistant turn.
 
     Args:
         row: fields by name.
-        user, assistant: templates with fields in braces.
+        user, assistant: templates with fields in braces; None = no such turn.
         remove: regular expressions whose matches are taken out of the assistant turn.
 
     Raises:
         ConversionError: a template names a field that the row lacks.
     """
     try:
-        question, answer = user.format_map(row), assistant.format_map(row)
+        question, answer = user.format_map(row), (assistant or "").format_map(row)
     except KeyError as error:
         raise ConversionError(
             f"there is no field {error.args[0]!r}; the row has: {', '.join(row)} (a brace that is "
@@ -39,19 +39,17 @@ def chat_row(
             answer = re.sub(pattern, "", answer, flags=re.DOTALL)
         except re.error as error:
             raise ConversionError(f"{pattern!r} is no regular expression: {error}") from error
-    return {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-    }
+    turns = [{"role": "user", "content": question}]
+    if assistant is not None:
+        turns.append({"role": "assistant", "content": answer})
+    return {"messages": turns}
 
 
 def convert_file(
     source: Path,
     target: Path,
     user: str,
-    assistant: str,
+    assistant: str | None,
     remove: Sequence[str] = (),
     sample: int | None = None,
     seed: int = 42,

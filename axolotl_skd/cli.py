@@ -38,7 +38,7 @@ def keys() -> None:
 @click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("target", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--user", required=True, help="User turn, e.g. '{question}': fields in braces.")
-@click.option("--assistant", required=True, help="Assistant turn, e.g. '{answer}'.")
+@click.option("--assistant", help="Assistant turn, e.g. '{answer}'; without it, prompts alone.")
 @click.option("--remove", multiple=True, help="Regular expression to take out of the answers.")
 @click.option("--sample", type=click.IntRange(min=1), help="Only so many rows, at random.")
 @click.option("--seed", type=int, default=42, show_default=True, help="Of the sample.")
@@ -46,7 +46,7 @@ def to_chat(
     source: Path,
     target: Path,
     user: str,
-    assistant: str,
+    assistant: str | None,
     remove: tuple[str, ...],
     sample: int | None,
     seed: int,

@@ -95,7 +95,8 @@ def check_rows(
     _refuse(
         lengths == 0,
         f"{name} row(s) have no completion: all labels are -100, so there is no telling where an "
-        "answer begins. Give each row an assistant turn; check roles_to_train and the chat template",
+        "answer begins. Give each row an assistant turn; check roles_to_train and the chat template; "
+        "for prompts without answers set the data set's type: axolotl_skd.prompts",
     )
     _warn_about_stops(dataset, spans, name, stop_ids)
     num_turns = sum(span.num_spans > 1 for span in spans)

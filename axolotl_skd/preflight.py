@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from axolotl_skd.config import Distillation
 from axolotl_skd.evaluation.tasks import check_tasks
+from axolotl_skd.prompts import DATASET_TYPE
 from axolotl_skd.rollout.attention import rollout_attention
 from axolotl_skd.rollout.types import SamplingParams, Source
 from axolotl_skd.teacher import read_teacher_config, read_teacher_tokenizer
@@ -134,6 +135,7 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
             "torch_compile: true compiles the student's forward, from which the loss takes hidden "
             "states; that is not supported yet. Set torch_compile: false."
         )
+    _check_prompts_only(cfg, distillation)
     _check_attention(cfg)
     _check_head_is_plain(cfg)
     if distillation.teacher.base_model and not distillation.method_row.needs_teacher:
@@ -148,6 +150,30 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
             "distillation.teacher.base_model and base_model are the same (%s): this is "
             "self-distillation from a frozen copy.",
             cfg["base_model"],
+        )
+
+
+def _check_prompts_only(cfg: Mapping[str, Any], distillation: Distillation) -> None:
+    """Rows of prompts have a stand-in for a completion, which nothing may train on or measure."""
+    if any(dataset.get("type") == DATASET_TYPE for dataset in cfg.get("test_datasets") or []):
+        raise ConfigConflictError(
+            f"test_datasets: type {DATASET_TYPE} has prompts without completions, and validation "
+            "measures the loss on completions. Give rows with completions, or remove test_datasets."
+        )
+    if not any(dataset.get("type") == DATASET_TYPE for dataset in cfg.get("datasets") or []):
+        return
+    if distillation.method_row.needs_completions:
+        raise ConfigConflictError(
+            f"datasets: type {DATASET_TYPE} has prompts without completions, and method "
+            f"{distillation.method!r} trains on the data set's completions. Use type: chat_template "
+            "with rows that have them, or a method that samples all of its own (skd, on_policy_kd, "
+            "seqkd)."
+        )
+    if cfg.get("val_set_size"):
+        raise ConfigConflictError(
+            f"val_set_size: {cfg['val_set_size']} splits validation rows off datasets:, of which some "
+            f"(type {DATASET_TYPE}) have no completions to measure the loss on. Set val_set_size: 0, "
+            "and give test_datasets: with completions if you want validation."
         )
 
 

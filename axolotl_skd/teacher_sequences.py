@@ -209,6 +209,7 @@ class StoredSequences:
             num_proposed=torch.zeros_like(lengths),
             source=Source.TEACHER,
             num_rounds=0,
+            num_draft_steps=0,
         )
 
 

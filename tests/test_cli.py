@@ -80,6 +80,10 @@ def test_command_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(skd, [*arguments, "--assistant", "{answer}", "--sample", "2"])
     assert result.exit_code == 0, result.output
     assert "2 rows written" in result.output
+    result = CliRunner().invoke(skd, arguments)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().strip().split("\n")]
+    assert [[turn["role"] for turn in row["messages"]] for row in rows] == [["user"]] * 3
     result = CliRunner().invoke(skd, [*arguments, "--assistant", "{nothing}"])
     assert result.exit_code == 1
     assert "no field 'nothing'" in result.output
