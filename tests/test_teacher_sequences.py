@@ -52,6 +52,7 @@ class Teacher:
             num_proposed=lengths,
             source=Source.TEACHER,
             num_rounds=1,
+            num_draft_steps=0,
         )
 
 
