@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from axolotl_skd.callbacks import TopKStateCallback
-from axolotl_skd.config import Distillation, RolloutConfig, TopKTarget
+from axolotl_skd.config import Distillation, TopKTarget
 from axolotl_skd.methods import Share
 from axolotl_skd.rollout.acceptance import ACCEPTANCE_RULES
 from axolotl_skd.rollout.engine import RolloutEngine
@@ -62,7 +61,7 @@ def completion_source(
         student,
         teacher,
         accept=ACCEPTANCE_RULES[distillation.rollout.acceptance],
-        stop_strings=_stop_strings(trainer, distillation.rollout),
+        stop_strings=StopStrings.of(distillation.rollout.stop_strings, trainer.processing_class),
         rollout_batch_size=distillation.rollout.rollout_batch_size,
         fixed_shapes=student.graphs,
     )
@@ -136,17 +135,6 @@ def _requests(trainer: DistillationTrainer, seed: int, num_rollouts: int) -> Ite
         prompt = batch["input_ids"][0, : int(batch["prompt_lengths"])]
         for index in range(num_rollouts):
             yield Request(prompt, int(row_streams(seed, 0, batch["sample_ids"], index)))
-
-
-def _stop_strings(trainer: DistillationTrainer, rollout: RolloutConfig) -> StopStrings | None:
-    if not rollout.stop_strings:
-        return None
-    decode = partial(
-        trainer.processing_class.decode,
-        skip_special_tokens=False,
-        clean_up_tokenization_spaces=False,
-    )
-    return StopStrings(rollout.stop_strings, decode)
 
 
 def _top_k(

@@ -20,6 +20,7 @@ from datasets import Dataset
 
 from axolotl_skd.config import Distillation
 from axolotl_skd.data import Span, completion_span
+from axolotl_skd.rollout.stop_strings import StopStrings
 
 LOG = get_logger(__name__)
 
@@ -33,6 +34,7 @@ def checked_datasets(
     meta: TrainDatasetMeta,
     distillation: Distillation,
     stop_ids: Sequence[int],
+    stop_strings: StopStrings | None = None,
 ) -> TrainDatasetMeta:
     """Axolotl's data sets without the rows that cannot be used, and the step count that follows.
 
@@ -46,6 +48,7 @@ def checked_datasets(
             name=name,
             max_prompt_tokens=distillation.rollout.max_prompt_tokens,
             stop_ids=stop_ids,
+            stop_strings=stop_strings,
         )
 
     train = check(meta.train_dataset, "training")
@@ -63,6 +66,7 @@ def check_rows(
     name: str,
     max_prompt_tokens: int,
     stop_ids: Sequence[int],
+    stop_strings: StopStrings | None = None,
 ) -> Dataset:
     """Refuse rows that cannot be used, drop those whose prompt is too long, say what was found.
 
@@ -70,7 +74,8 @@ def check_rows(
         dataset: tokenised rows (input_ids, labels).
         name: how to call it in messages ("training" or "validation").
         max_prompt_tokens: longest prompt that is kept.
-        stop_ids: the stop set; completions should end in one of them.
+        stop_ids: the stop set; completions should end in one of them,
+        stop_strings: or with one of these.
 
     Returns:
         the rows to keep.
@@ -98,7 +103,7 @@ def check_rows(
         "answer begins. Give each row an assistant turn; check roles_to_train and the chat template; "
         "for prompts without answers set the data set's type: axolotl_skd.prompts",
     )
-    _warn_about_stops(dataset, spans, name, stop_ids)
+    _warn_about_stops(dataset, spans, name, stop_ids, stop_strings)
     num_turns = sum(span.num_spans > 1 for span in spans)
     if num_turns:
         LOG.info(
@@ -136,27 +141,31 @@ def _refuse(bad: np.ndarray, message: str) -> None:
 
 
 def _warn_about_stops(
-    dataset: Dataset, spans: Sequence[Span], name: str, stop_ids: Sequence[int]
+    dataset: Dataset,
+    spans: Sequence[Span],
+    name: str,
+    stop_ids: Sequence[int],
+    stop_strings: StopStrings | None,
 ) -> None:
     """A student whose rollouts end at tokens that the data never shows runs to the length limit."""
-    ends = [
-        ids[span.stop - 1]
+    completions = [
+        ids[span.start : span.stop]
         for ids, span in zip(dataset["input_ids"], spans, strict=True)
         if span.stop > span.start
     ]
-    if not ends:
-        return
-    missing = sum(end not in stop_ids for end in ends)
-    if missing:
+    others = [ids for ids in completions if ids[-1] not in stop_ids]
+    if stop_strings is not None:
+        others = [ids for ids in others if stop_strings.ending(ids[:-1], ids[-1:]) is None]
+    if others:
         LOG.warning(
             "%d of %d %s completions do not end in a token of the stop set %s (the most common last "
             "token is %d). If that token ends a turn, add it to Axolotl's eot_tokens or to "
             "distillation.rollout.stop_token_ids.",
-            missing,
-            len(ends),
+            len(others),
+            len(completions),
             name,
             sorted(stop_ids),
-            Counter(ends).most_common(1)[0][0],
+            Counter(ids[-1] for ids in others).most_common(1)[0][0],
         )
 
 

@@ -29,6 +29,7 @@ from axolotl_skd.preflight import (
     check_settings,
     stop_set,
 )
+from axolotl_skd.rollout.stop_strings import StopStrings
 from axolotl_skd.trainer import DistillationTrainer, trainer_type
 
 
@@ -59,7 +60,8 @@ class SKDPlugin(BasePlugin):
             fit_to_cpu(cfg)
         with restating_dropped_rows(cfg.sequence_len):
             meta = load_datasets(cfg=cfg)
-        meta = checked_datasets(cfg, meta, distillation, preflight.stop_token_ids)
+        stop_strings = StopStrings.of(distillation.rollout.stop_strings, tokenizer)
+        meta = checked_datasets(cfg, meta, distillation, preflight.stop_token_ids, stop_strings)
         if distillation.eval is not None:
             evaluate_start(cfg, distillation.eval, tokenizer)
         return meta

@@ -18,6 +18,7 @@ from axolotl_skd.data_checks import (
     checked_datasets,
     restating_dropped_rows,
 )
+from axolotl_skd.rollout.stop_strings import StopStrings
 from tests.token_rows import EOS, X, feature
 
 
@@ -112,6 +113,14 @@ def test_completions_that_end_in_no_stop_token_are_warned_of(
     caplog.clear()
     check(dataset, stop_ids=(EOS, 7, 6))
     assert not caplog.records
+
+
+def test_a_completion_may_end_with_a_stop_string(caplog: pytest.LogCaptureFixture) -> None:
+    stops = StopStrings(["67"], lambda ids: "".join(map(str, ids)))
+    dataset = rows(GOOD, feature([1], [3, 6, 7]), feature([1], [67]), feature([1], [6, 7, 3]))
+    check(dataset, stop_strings=stops)
+    (record,) = caplog.records
+    assert "1 of 4 training completions do not end" in record.getMessage()
 
 
 def test_the_usual_last_token_is_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,9 @@ few more.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
 
 # Tokens decoded beyond those: for what decoders do at the start of a text (a space left out, the rest
 # of a character), and for tokens inside a string that write nothing.
@@ -28,6 +31,16 @@ class StopStrings:
         self._decode = decode
         self.num_tokens = max(len(text.encode()) for text in self._strings) + _MARGIN
         """How many of the last tokens can matter."""
+
+    @classmethod
+    def of(cls, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> StopStrings | None:
+        """In what a tokenizer decodes; None if there are no strings."""
+        if not strings:
+            return None
+        decode = partial(
+            tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return cls(strings, decode)
 
     def ending(self, before: Sequence[int], tokens: Sequence[int]) -> int | None:
         """How many of `tokens` belong to the completion, None if no string is completed in them.
