@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from axolotl.utils.logging import get_logger
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -18,8 +20,9 @@ from axolotl_skd.config import Distillation
 from axolotl_skd.losses.divergences import get_divergence
 from axolotl_skd.losses.gates import get_gate
 from axolotl_skd.losses.objective import Objective
-from axolotl_skd.memory import Forecast, forecast, step_shape
+from axolotl_skd.memory import Forecast, forecast, step_shape, warn_of_memory
 from axolotl_skd.methods import LossRecipe
+from axolotl_skd.offload import Offloaded
 from axolotl_skd.preflight import (
     ConfigConflictError,
     Preflight,
@@ -30,7 +33,7 @@ from axolotl_skd.preflight import (
 from axolotl_skd.rollout.graphs import Capture, CudaCapture
 from axolotl_skd.rollout.lm import CausalLM, probed_lm, rollout_mode
 from axolotl_skd.start_line import parameter_counts, start_line
-from axolotl_skd.teacher import load_teacher
+from axolotl_skd.teacher import base_alone, load_teacher
 from axolotl_skd.trainer import DistillationTrainer, Distiller, base_causal_lm
 from axolotl_skd.vocabulary import share_vocabulary
 
@@ -66,8 +69,14 @@ def assemble(
     student_model = base_causal_lm(trainer.accelerator.unwrap_model(trainer.model))
     _refuse_wrapped_head(student_model)
     teacher_model, shared = None, None
+    # The student's mixed precision is not the teacher's: it computes in its own dtype.
+    teacher_precision = partial(torch.autocast, trainer.args.device.type, enabled=False)
     if distillation.method_row.needs_teacher:
-        teacher_model = load_teacher(distillation.teacher, trainer.args.device)
+        if distillation.teacher.student_base:
+            teacher_model = student_model
+            teacher_precision = base_alone(_adapted(trainer), trainer.accelerator.autocast)
+        else:
+            teacher_model = load_teacher(distillation.teacher, trainer.args.device)
         shared = share_vocabulary(
             preflight.student_vocab,
             preflight.teacher_vocab,
@@ -91,17 +100,21 @@ def assemble(
                 teacher_model,
                 "distillation.teacher.base_model",
                 vocab_size=vocab_size,
-                # The student's mixed precision is not the teacher's: it computes in its own dtype.
-                precision=partial(torch.autocast, teacher_model.device.type, enabled=False),
+                precision=teacher_precision,
                 new_capture=_new_capture(distillation, "teacher", teacher_model.device),
             )
 
     params = sampling_params(distillation, preflight.stop_token_ids)
     seed = seed if distillation.seed is None else distillation.seed
     source = completion_source(trainer, distillation, params, student, teacher, seed, prepared_path)
-    described = None if teacher is None else parameter_counts(teacher.model)
+    described = None if teacher is None else _described(teacher, distillation)
     if distillation.method_row.loss is LossRecipe.CROSS_ENTROPY:
         teacher = teacher_model = None  # it has written its sequences and is needed no more
+    predicted = _forecast(trainer, distillation, student, teacher, sequence_len)
+    warn_of_memory(predicted)
+    offloaded = None
+    if teacher is not None and distillation.teacher.offload:
+        offloaded = Offloaded(teacher.model)
     trainer.attach(
         Distiller(
             source=source,
@@ -109,10 +122,41 @@ def assemble(
             teacher=teacher,
             objective=_objective(distillation),
             by_sequence=distillation.loss.normalize == "sequence",
-            forecast=_forecast(trainer, distillation, student, teacher, sequence_len),
+            forecast=predicted,
+            teacher_at_hand=nullcontext if offloaded is None else offloaded.at_hand,
         )
     )
     return start_line(trainer, distillation, params, shared, described)
+
+
+def _adapted(trainer: DistillationTrainer) -> PeftModel:
+    """The student with its adapter."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        raise ConfigConflictError(
+            "distillation.teacher.student_base: true, but the student has no adapter that could be "
+            "switched off. Set adapter: lora or qlora, or name a teacher by base_model."
+        )
+    return model
+
+
+def _described(teacher: CausalLM, distillation: Distillation) -> str:
+    """The teacher, for the start line."""
+    if distillation.teacher.student_base:
+        return "the student's base, its adapter switched off"
+    adapter = distillation.teacher.adapter
+    quantised = distillation.teacher.quantisation
+    return ", ".join(
+        part
+        for part in (
+            distillation.teacher.base_model,
+            adapter and f"with the adapter {adapter}",
+            parameter_counts(teacher.model),
+            quantised and f"quantised to {quantised}",
+            distillation.teacher.offload and "offloaded",
+        )
+        if part
+    )
 
 
 def _objective(distillation: Distillation) -> Objective:
@@ -152,7 +196,7 @@ def _forecast(
         num_rollouts=rollout.num_rollouts,
         activation_bytes=2 if half else student.model.dtype.itemsize,
     )
-    return forecast(student, teacher, shape)
+    return forecast(student, teacher, shape, offloaded=distillation.teacher.offload)
 
 
 def _new_capture(

@@ -63,8 +63,24 @@ class TeacherConfig(_Block):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Teacher weights; `auto` keeps the checkpoint's own."
     )
+    adapter: str | None = Field(
+        None, description="Path or hub id of a LoRA checkpoint over `base_model`."
+    )
+    student_base: bool = Field(
+        False,
+        description="The teacher is the student's own base with its LoRA adapter switched off: no "
+        "second model in memory.",
+    )
     device: str | None = Field(
         None, description="Where the teacher lives, e.g. `cuda:1`; default beside the student."
+    )
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
+        None, description="Spread the teacher over this process's devices (accelerate's maps)."
+    )
+    offload: bool = Field(
+        False,
+        description="The teacher waits in the CPU's memory while it is not asked; its output head "
+        "stays.",
     )
     attn_implementation: (
         Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
@@ -81,11 +97,60 @@ class TeacherConfig(_Block):
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Dtype of 4-bit matrix products; default the teacher's `dtype`."
     )
+    torchao: Literal["int8", "int4", "float8"] | None = Field(
+        None, description="Quantise the teacher's weights with torchao."
+    )
+
+    @property
+    def quantised(self) -> str | None:
+        """The key that quantises, None if none does."""
+        keys = ("load_in_4bit", "load_in_8bit", "torchao")
+        return next((key for key in keys if getattr(self, key)), None)
+
+    @property
+    def quantisation(self) -> str | None:
+        """To what it is quantised, None if not."""
+        if self.load_in_8bit:
+            return "int8"
+        return self.bnb_4bit_quant_type if self.load_in_4bit else self.torchao
 
     @model_validator(mode="after")
     def _one_quantisation(self) -> TeacherConfig:
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit are both true: set one of them.")
+        asked = [key for key in ("load_in_4bit", "load_in_8bit", "torchao") if getattr(self, key)]
+        if len(asked) > 1:
+            raise ValueError(f"{' and '.join(asked)} are set together: set one of them.")
+        return self
+
+    @model_validator(mode="after")
+    def _one_model(self) -> TeacherConfig:
+        if not self.student_base:
+            return self
+        given = [
+            key
+            for key, field in type(self).model_fields.items()
+            if key != "student_base" and getattr(self, key) != field.default
+        ]
+        if given:
+            raise ValueError(
+                f"student_base: true is the student's own base, as the student holds it, so {given} "
+                "cannot be honoured. Remove them, or student_base."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_place(self) -> TeacherConfig:
+        if self.device_map and self.device:
+            raise ValueError(
+                f"device_map: {self.device_map} spreads the teacher over devices, device: "
+                f"{self.device} puts it on one. Set one of them."
+            )
+        if self.offload:
+            for key in ("device", "device_map", self.quantised):
+                if key and getattr(self, key):
+                    raise ValueError(
+                        f"offload: true moves the teacher to and fro, which {key} does not allow. Set "
+                        "one of them."
+                    )
         return self
 
 
@@ -363,10 +428,16 @@ class Distillation(_Block):
 
     @model_validator(mode="after")
     def _teacher_is_named(self) -> Distillation:
-        if self.method_row.needs_teacher and not self.teacher.base_model:
+        named = self.teacher.base_model or self.teacher.student_base
+        if self.method_row.needs_teacher and not named:
             raise ValueError(
                 f"method {self.method!r} needs a teacher, but distillation.teacher.base_model is not "
-                "set. Give a local path or a hub id."
+                "set. Give a local path or a hub id (or student_base: true under a LoRA student)."
+            )
+        if self.teacher.adapter and not self.teacher.base_model:
+            raise ValueError(
+                f"distillation.teacher.adapter: {self.teacher.adapter!r} lies over a model, but "
+                "distillation.teacher.base_model is not set. Give the model it was trained on."
             )
         return self
 

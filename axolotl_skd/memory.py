@@ -10,6 +10,8 @@ size, V vocabulary.
 
 from __future__ import annotations
 
+import logging
+import os
 import resource
 import sys
 from collections.abc import Mapping
@@ -23,6 +25,8 @@ from axolotl_skd.rollout.draft_length import MAX_DRAFT_TOKENS
 from axolotl_skd.rollout.engine import PREFILL_TOKENS, VERIFIED_ELEMENTS
 from axolotl_skd.rollout.lm import CausalLM, FullLogitsLM
 from axolotl_skd.rollout.types import Source
+
+LOG = logging.getLogger(__name__)
 
 GIB = 2**30
 
@@ -54,6 +58,7 @@ class StepShape:
         prompt_tokens: P.
         new_tokens: T, the longest completion that is sampled.
         row_tokens: the longest row that is trained on, sampled or from the data set.
+        reads_data: may rows of the data set be trained on as they are?
         source: who samples.
         checkpointing: are activations recomputed in the backward pass?
         activation_bytes: of one number in the student's forward.
@@ -66,6 +71,7 @@ class StepShape:
     prompt_tokens: int
     new_tokens: int
     row_tokens: int
+    reads_data: bool
     source: Source
     checkpointing: bool
     activation_bytes: int
@@ -77,11 +83,15 @@ class Forecast:
     """Bytes on the student's device, by what they are for.
 
     Attributes:
+        device: the student's.
         rollout, training: what is there at the peak of each phase; empty without a rollout.
+        elsewhere: of the teacher on other devices.
     """
 
+    device: torch.device
     rollout: Mapping[str, int]
     training: Mapping[str, int]
+    elsewhere: Mapping[torch.device, int]
 
     @property
     def phase(self) -> str:
@@ -94,21 +104,38 @@ class Forecast:
         """Bytes."""
         return max(sum(self.rollout.values()), sum(self.training.values()))
 
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """What makes up the peak."""
+        return self.rollout if self.phase == "rollout" else self.training
+
     def __str__(self) -> str:
-        parts = self.rollout if self.phase == "rollout" else self.training
         listed = ", ".join(
-            f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= 0.005 * GIB
+            f"{name} {size / GIB:.2f}" for name, size in self.parts.items() if size >= 0.005 * GIB
         )
-        return f"predicted peak {self.peak / GIB:.2f} GiB, in the {self.phase} ({listed})"
+        others = "".join(
+            f"; {size / GIB:.2f} GiB on {device}" for device, size in self.elsewhere.items()
+        )
+        return f"predicted peak {self.peak / GIB:.2f} GiB, in the {self.phase} ({listed}){others}"
 
 
-def forecast(student: CausalLM, teacher: CausalLM | None, shape: StepShape) -> Forecast:
-    """Predict the peak of a step on the student's device."""
+def forecast(
+    student: CausalLM, teacher: CausalLM | None, shape: StepShape, offloaded: bool = False
+) -> Forecast:
+    """Predict the peak of a step on each device.
+
+    Args:
+        student, teacher: the models as they are loaded; the same one twice if the teacher is the
+            student's base.
+        shape: of a step.
+        offloaded: does the teacher leave its device, but for its head, while it is not asked?
+    """
     beside = teacher if teacher is not None and teacher.device == student.device else None
     trainable = [p for p in student.model.parameters() if p.requires_grad]
+    teacher_weights = _weights_by_device(teacher, student)
     always = {
         "student": weight_bytes(student),
-        "teacher": weight_bytes(beside) if beside else 0,
+        "teacher": teacher_weights.pop(student.device, 0),
         "optimizer": sum(_optimizer_bytes(shape.optimizer, p) for p in trainable),
     }
     sampling = _sampling(shape.source, student, beside)
@@ -139,6 +166,7 @@ def forecast(student: CausalLM, teacher: CausalLM | None, shape: StepShape) -> F
     chunk = min(tokens, chunk_size(vocab))
     training = {
         **always,
+        "teacher": _waiting_bytes(teacher, shape) if offloaded else always["teacher"],
         "gradients": sum(p.numel() * p.element_size() for p in trainable),
         "teacher states": kept,
         "activations": tokens * _activation_bytes(student, shape),
@@ -146,7 +174,29 @@ def forecast(student: CausalLM, teacher: CausalLM | None, shape: StepShape) -> F
         # A sum in float32 and a chunk's part of it; then the sum, scaled, and its cast.
         "head gradient": sum((8 + p.element_size()) * p.numel() for p in head if p.requires_grad),
     }
-    return Forecast(rollout, training)
+    if teacher is not None and beside is None:
+        slots = shape.rows_in_flight * (shape.prompt_tokens + shape.new_tokens)
+        samples = shape.source in (Source.TEACHER, Source.INTERLEAVED)
+        caches = slots * kv_bytes(teacher) if samples else 0
+        teacher_weights[teacher.device] = teacher_weights.get(teacher.device, 0) + caches
+    return Forecast(student.device, rollout, training, teacher_weights)
+
+
+def _weights_by_device(teacher: CausalLM | None, student: CausalLM) -> dict[torch.device, int]:
+    """Bytes of a teacher's weights on each device, where they are not the student's own."""
+    sizes: dict[torch.device, int] = {}
+    if teacher is None or teacher.model is student.model:
+        return sizes
+    for parameter in teacher.model.parameters():
+        sizes[parameter.device] = sizes.get(parameter.device, 0) + stored_bytes(parameter)
+    return sizes
+
+
+def _waiting_bytes(teacher: CausalLM, shape: StepShape) -> int:
+    """What an offloaded teacher holds on its device while the student trains."""
+    if shape.source is Source.INTERLEAVED and not shape.reads_data:
+        return sum(map(stored_bytes, teacher.head_module.parameters()))
+    return weight_bytes(teacher)  # it is asked about the data set's rows, between activations
 
 
 def _sampling(source: Source, student: CausalLM, teacher: CausalLM | None) -> list[CausalLM]:
@@ -183,6 +233,7 @@ def step_shape(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         row_tokens=max(sampled, data_tokens),
+        reads_data=data_tokens > 0,
         source=source,
         checkpointing=bool(args.gradient_checkpointing),
         activation_bytes=activation_bytes,
@@ -192,7 +243,15 @@ def step_shape(
 
 def weight_bytes(lm: CausalLM) -> int:
     """Bytes of all parameters as they are stored, quantised ones included."""
-    return sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    return sum(map(stored_bytes, lm.model.parameters()))
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor as it is stored: what a quantised one wraps, not what it stands for."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.numel() * tensor.element_size()
+    names, _ = tensor.__tensor_flatten__()
+    return sum(stored_bytes(getattr(tensor, name)) for name in names)
 
 
 def kv_bytes(lm: CausalLM) -> int:
@@ -201,6 +260,58 @@ def kv_bytes(lm: CausalLM) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * size * _dtype_bytes(lm)
+
+
+# What makes each part of a forecast smaller.
+_REMEDIES = {
+    "student": "load_in_4bit: true with adapter: qlora",
+    "teacher": "distillation.teacher: load_in_4bit: true, another device, or offload: true",
+    "optimizer": "optimizer: adamw_bnb_8bit, or adapter: lora",
+    "gradients": "adapter: lora",
+    "head gradient": "adapter: lora",
+    "activations": "gradient_checkpointing: true, then a smaller micro_batch_size",
+    "teacher states": "fewer gradient_accumulation_steps",
+    "loss chunks": "a smaller micro_batch_size",
+    "KV caches": "a smaller distillation.rollout.rollout_batch_size",
+    "logits": "a smaller distillation.rollout.rollout_batch_size",
+    "prompts": "a smaller distillation.rollout.rollout_batch_size",
+    "cast weights": "bf16 weights, or adapter: lora",
+}
+_NUM_REMEDIES = 3
+
+
+def remedies(predicted: Forecast) -> list[str]:
+    """The settings that would help most, for the largest parts of the peak first."""
+    largest = sorted(predicted.parts, key=predicted.parts.__getitem__, reverse=True)
+    named = dict.fromkeys(_REMEDIES[name] for name in largest if predicted.parts[name])
+    return list(named)[:_NUM_REMEDIES]
+
+
+def warn_of_memory(predicted: Forecast) -> None:
+    """Say before the first step that a device is too small for what is predicted, and what to do."""
+    needs = {predicted.device: predicted.peak, **predicted.elsewhere}
+    for device, needed in needs.items():
+        there = device_memory(device)
+        if there is not None and needed > there:
+            LOG.warning(
+                "%.1f GiB are predicted to be needed on %s, which has %.1f: this will probably run "
+                "out of memory. What would help most: %s.",
+                needed / GIB,
+                device,
+                there / GIB,
+                "; ".join(remedies(predicted))
+                if device == predicted.device
+                else _REMEDIES["teacher"],
+            )
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a device, None if it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 class PeakMemory:

@@ -19,7 +19,11 @@ from axolotl_skd.evaluation.tasks import check_tasks
 from axolotl_skd.prompts import DATASET_TYPE
 from axolotl_skd.rollout.attention import rollout_attention
 from axolotl_skd.rollout.types import SamplingParams, Source
-from axolotl_skd.teacher import read_teacher_config, read_teacher_tokenizer
+from axolotl_skd.teacher import (
+    check_quantised_checkpoint,
+    read_teacher_config,
+    read_teacher_tokenizer,
+)
 from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
 
 LOG = get_logger(__name__)
@@ -143,6 +147,16 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
             "distillation.teacher is not used: method %s learns from the data set alone.",
             distillation.method,
         )
+    if distillation.teacher.student_base and not cfg.get("adapter"):
+        raise ConfigConflictError(
+            "distillation.teacher.student_base: true, but there is no adapter: that could be switched "
+            "off. Set adapter: lora or qlora, or name a teacher by base_model."
+        )
+    if distillation.teacher.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigConflictError(
+            f"distillation.teacher.device_map: {distillation.teacher.device_map} would let every rank "
+            "spread its teacher over the devices of all. Launch one process, or use device:."
+        )
     if distillation.method_row.needs_teacher and _same_model(
         cfg["base_model"], distillation.teacher.base_model
     ):
@@ -240,8 +254,11 @@ def check_models(
     vocab_size = max(student.get_text_config().vocab_size, len(tokenizer))
     teacher_vocab = None
     _check_positions("base_model", student, distillation, cfg)
-    if distillation.method_row.needs_teacher:
+    if distillation.method_row.needs_teacher and distillation.teacher.student_base:
+        teacher_vocab = tokenizer.get_vocab()
+    elif distillation.method_row.needs_teacher:
         teacher = read_teacher_config(distillation.teacher)
+        check_quantised_checkpoint(distillation.teacher, teacher)
         _check_positions("distillation.teacher.base_model", teacher, distillation, cfg)
         teacher_vocab = read_teacher_tokenizer(distillation.teacher).get_vocab()
         shared = share_vocabulary(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from axolotl_skd.config import Distillation, TeacherConfig
+from axolotl_skd.config import Distillation
 from axolotl_skd.methods import LossRecipe
 from axolotl_skd.rollout.types import SamplingParams, Source
 from axolotl_skd.trainer import DistillationTrainer
@@ -28,7 +28,7 @@ def start_line(
         distillation: the typed config block.
         params: how completions are sampled.
         shared: the vocabulary of both models, None without a teacher.
-        teacher: its `parameter_counts`, None without one.
+        teacher: what it is, None without one.
     """
     distiller, tokenizer = trainer.distiller, trainer.processing_class
     parts: dict[str, Any] = {
@@ -36,8 +36,7 @@ def start_line(
         "student": parameter_counts(distiller.student.model),
     }
     if teacher is not None:
-        quantised = _quantisation(distillation.teacher)
-        parts["teacher"] = f"{distillation.teacher.base_model}, {teacher}{quantised}"
+        parts["teacher"] = teacher
         parts["vocabulary"] = shared
     if distillation.method_row.loss is LossRecipe.DIVERGENCE:
         parts["loss"] = _loss(distillation)
@@ -73,12 +72,6 @@ def _loss(distillation: Distillation) -> str:
 def _settings(distillation: Distillation) -> str:
     settings: Mapping[str, Any] = distillation.rollout.model_dump(exclude={"stop_token_ids"})
     return ", ".join(f"{key} {value}" for key, value in settings.items())
-
-
-def _quantisation(teacher: TeacherConfig) -> str:
-    if teacher.load_in_8bit:
-        return ", quantised to int8"
-    return f", quantised to {teacher.bnb_4bit_quant_type}" if teacher.load_in_4bit else ""
 
 
 def parameter_counts(model: nn.Module) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -15,13 +19,20 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TorchAoConfig,
 )
+from transformers.quantizers import AutoHfQuantizer
 
 from axolotl_skd.config import TeacherConfig
+from axolotl_skd.rollout.lm import rollout_mode
 
 
 class TeacherError(ValueError):
     """The teacher cannot be found, read or used."""
+
+
+# What its kernels are called on the package index, where transformers cannot be asked by name.
+_KERNELS = {"gptq": "gptqmodel optimum", "awq": "gptqmodel"}
 
 
 def _hub_arguments(config: TeacherConfig) -> dict[str, Any]:
@@ -56,8 +67,42 @@ def read_teacher_tokenizer(config: TeacherConfig) -> PreTrainedTokenizerBase:
         raise _unreadable(config, "tokenizer", error) from None
 
 
-def quantization_config(config: TeacherConfig) -> BitsAndBytesConfig | None:
-    """bitsandbytes settings, None unless asked for."""
+def check_quantised_checkpoint(config: TeacherConfig, teacher: PreTrainedConfig) -> None:
+    """Refuse a checkpoint that comes quantised (GPTQ, AWQ, ...) and cannot be run here as it is.
+
+    Args:
+        config: `distillation.teacher`.
+        teacher: its configuration, as `read_teacher_config` returns it.
+
+    Raises:
+        TeacherError: its kernels are not installed, or it is to be quantised a second time.
+    """
+    settings = getattr(teacher, "quantization_config", None)
+    if settings is None:
+        return
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = str(getattr(settings["quant_method"], "value", settings["quant_method"]))
+    if config.quantised:
+        raise TeacherError(
+            f"distillation.teacher.{config.quantised} is set, but the checkpoint {config.base_model!r} "
+            f"is quantised already ({method}). Remove the key, or name an unquantised checkpoint."
+        )
+    try:
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+        quantizer.validate_environment(device_map={"": config.device or "cpu"})
+    except (ImportError, ValueError, RuntimeError) as error:
+        hint = f" (pip install {_KERNELS[method]})" if method in _KERNELS else ""
+        raise TeacherError(
+            f"distillation.teacher.base_model: {config.base_model!r} is quantised by {method}, which "
+            f"cannot run here ({type(error).__name__}: {error}). Install its kernels{hint}, or name "
+            "the unquantised checkpoint and set load_in_4bit, load_in_8bit or torchao."
+        ) from None
+
+
+def quantization_config(config: TeacherConfig) -> BitsAndBytesConfig | TorchAoConfig | None:
+    """bitsandbytes' or torchao's settings, None unless asked for."""
+    if config.torchao:
+        return TorchAoConfig(_torchao_weights(config.torchao))
     if config.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if config.load_in_4bit:
@@ -76,6 +121,17 @@ def _compute_dtype(config: TeacherConfig) -> torch.dtype | None:
     return read_teacher_config(config).dtype if name == "auto" else getattr(torch, name)
 
 
+def _torchao_weights(kind: str) -> Any:
+    # Imported where it is asked for: torchao looks for its kernels, with warnings where it has none.
+    from torchao import quantization
+
+    return {
+        "int8": quantization.Int8WeightOnlyConfig,
+        "int4": quantization.Int4WeightOnlyConfig,
+        "float8": quantization.Float8WeightOnlyConfig,
+    }[kind]()
+
+
 def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel:
     """Load the teacher, frozen and in evaluation mode.
 
@@ -83,8 +139,11 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel
         config: `distillation.teacher`.
         device: where to put it unless the config says otherwise.
 
+    Returns:
+        the causal LM; with an adapter, the one inside it, whose layers have the adapter in them.
+
     Raises:
-        TeacherError: its weights cannot be read.
+        TeacherError: its weights or its adapter's cannot be read.
     """
     quantization = quantization_config(config)
     arguments = _hub_arguments(config)
@@ -97,16 +156,73 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel
             config.base_model,
             output_loading_info=True,
             dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
-            device_map={"": config.device or device},
+            device_map=config.device_map or {"": config.device or device},
             **arguments,
         )
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable(config, "weights", error) from None
     missing = sorted(info["missing_keys"])
     if missing:
         # transformers fills them with random numbers and warns.
         raise _unreadable(config, "weights", KeyError(f"not in the checkpoint: {missing[:5]}"))
+    if config.adapter:
+        teacher = _with_adapter(teacher, config)
     teacher.requires_grad_(False)
     return teacher.eval()
+
+
+def _with_adapter(teacher: PreTrainedModel, config: TeacherConfig) -> PreTrainedModel:
+    """The model with the adapter in its layers: not merged, which would round."""
+    try:
+        adapted = PeftModel.from_pretrained(teacher, config.adapter, is_trainable=False)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise TeacherError(
+            f"distillation.teacher.adapter: {config.adapter!r} could not be read as an adapter of "
+            f"{config.base_model!r} ({type(error).__name__}: {reason}). Give a folder with "
+            "adapter_config.json and its weights, or a hub id, and the base_model it was trained on."
+        ) from None
+    if not isinstance(adapted.base_model, BaseTuner):
+        raise TeacherError(
+            f"distillation.teacher.adapter: {config.adapter!r} is of type "
+            f"{adapted.active_peft_config.peft_type.value}, which works outside the layers. Give a "
+            "LoRA adapter, or a merged checkpoint."
+        )
+    return adapted.get_base_model()
+
+
+def base_alone(
+    student: PeftModel, precision: Callable[[], AbstractContextManager[Any]]
+) -> Callable[[], AbstractContextManager[Any]]:
+    """Contexts in which the student computes as its base without adapter: `student_base`.
+
+    Args:
+        student: whose layers are switched; afterwards they are as before.
+        precision: the student's own, so that both compute alike.
+
+    Raises:
+        TeacherError: the adapter trains biases of the base, which cannot be switched off.
+    """
+    biases = {getattr(one, "bias", "none") for one in student.peft_config.values()} - {"none"}
+    if biases:
+        raise TeacherError(
+            "distillation.teacher.student_base: the adapter trains biases of the base itself "
+            f"({', '.join(biases)}), so there is nothing to switch back to. Train LoRA without "
+            "biases, or name a teacher by base_model."
+        )
+
+    @contextmanager
+    def alone() -> Iterator[None]:
+        # Not PeftModel.disable_adapter, which first inspects every layer: this runs often.
+        student.base_model.disable_adapter_layers()
+        try:
+            with rollout_mode(student), precision():  # the teacher has no dropout
+                yield
+        finally:
+            student.base_model.enable_adapter_layers()
+
+    return alone

@@ -10,6 +10,7 @@ Legend: B rows, L padded length, N completion tokens of a micro-batch, H hidden 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -50,6 +51,7 @@ class Distiller:
         objective: what is learned at a token.
         forecast: of the memory that a step needs.
         by_sequence: is the loss a mean over sequences (of their token means) instead of over tokens?
+        teacher_at_hand: a context without which the teacher's decoder may be elsewhere.
     """
 
     source: CompletionSource
@@ -58,6 +60,7 @@ class Distiller:
     objective: Objective
     forecast: Forecast
     by_sequence: bool = False
+    teacher_at_hand: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -75,8 +78,9 @@ class DistillationCore(Trainer):
         """Hand over models and source; must come before training or evaluation."""
         self.distiller = distiller
         self.counters = Counters()
-        models = [lm for lm in (distiller.student, distiller.teacher) if lm is not None]
-        self._peak_memory = PeakMemory(distiller.student.device, sum(map(weight_bytes, models)))
+        models = {lm.model: lm for lm in (distiller.student, distiller.teacher) if lm is not None}
+        loaded = sum(map(weight_bytes, models.values()))
+        self._peak_memory = PeakMemory(distiller.student.device, loaded)
         # Losses arrive normalised by the window's tokens: no second division by accumulation steps.
         # Axolotl's constructor turns this off, so it is set after it.
         self.model_accepts_loss_kwargs = True
@@ -118,7 +122,11 @@ class DistillationCore(Trainer):
             return distiller.source.complete(batches, epoch, progress)
         # One autocast context around all of it: weights are cast once a rollout, and CUDA graphs may
         # rely on the casts, which die with the outermost context.
-        with rollout_mode(distiller.student.model), distiller.student.precision():
+        with (
+            rollout_mode(distiller.student.model),
+            distiller.student.precision(),
+            distiller.teacher_at_hand(),
+        ):
             return distiller.source.complete(batches, epoch, progress)
 
     # Loss
@@ -229,7 +237,7 @@ class DistillationCore(Trainer):
             if len(part) == 0:  # of no rows at all
                 return torch.empty(0, teacher.state_size, device=teacher.device)
             ids, mask = (inputs[name][part.to(predicted.device)] for name in names)
-            with torch.no_grad():
+            with torch.no_grad(), self._attached().teacher_at_hand():
                 hidden = teacher.hidden_states(ids.to(teacher.device), mask.to(teacher.device))
             kept.append(hidden[:, :-1][predicted[part.to(predicted.device)].to(teacher.device)])
         return torch.cat(kept)

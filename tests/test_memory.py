@@ -6,15 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from axolotl_skd.memory import (
     GIB,
     Forecast,
     PeakMemory,
     StepShape,
+    device_memory,
     forecast,
     kv_bytes,
+    remedies,
+    stored_bytes,
+    warn_of_memory,
     weight_bytes,
 )
 from axolotl_skd.rollout.engine import RolloutEngine
@@ -23,6 +28,7 @@ from axolotl_skd.rollout.sampling import row_streams
 from axolotl_skd.rollout.types import Prompts, SamplingParams, Source
 from tests.rollout.tiny import FAMILIES, tiny_model
 
+CPU = torch.device("cpu")
 SHAPE = StepShape(
     window_rows=6,
     rows_in_flight=4,
@@ -30,6 +36,7 @@ SHAPE = StepShape(
     prompt_tokens=9,
     new_tokens=7,
     row_tokens=16,
+    reads_data=False,
     source=Source.INTERLEAVED,
     checkpointing=False,
     activation_bytes=4,
@@ -150,10 +157,85 @@ def test_weights_cast_for_a_rollout_count(pair: tuple[CausalLM, CausalLM]) -> No
 
 
 def test_the_peak_is_the_larger_phase() -> None:
-    what = Forecast({"student": 1 * GIB, "KV caches": 3 * GIB}, {"student": 1 * GIB, "x": GIB // 2})
+    what = Forecast(
+        CPU,
+        {"student": 1 * GIB, "KV caches": 3 * GIB},
+        {"student": 1 * GIB, "optimizer": GIB // 2},
+        {},
+    )
     assert (what.phase, what.peak) == ("rollout", 4 * GIB)
     assert str(what) == "predicted peak 4.00 GiB, in the rollout (student 1.00, KV caches 3.00)"
     assert replace(what, rollout={}).phase == "training"
+    spread = replace(what, elsewhere={torch.device("cuda:1"): 5 * GIB})
+    assert str(spread) == f"{what}; 5.00 GiB on cuda:1"
+
+
+def test_the_student_as_its_own_teacher_is_counted_once(pair: tuple[CausalLM, CausalLM]) -> None:
+    parts = forecast(pair[0], CausalLM(pair[0].model), SHAPE)
+    assert parts.training["teacher"] == 0
+    assert (
+        parts.rollout["KV caches"]
+        == 2 * forecast(pair[0], None, replace(SHAPE, source=Source.STUDENT)).rollout["KV caches"]
+    )
+
+
+def test_an_offloaded_teacher_leaves_its_head(pair: tuple[CausalLM, CausalLM]) -> None:
+    whole, head = weight_bytes(pair[1]), pair[1].head_module.weight.nbytes
+    parts = forecast(*pair, SHAPE, offloaded=True)
+    assert (parts.rollout["teacher"], parts.training["teacher"]) == (whole, head)
+    mixed = forecast(*pair, replace(SHAPE, reads_data=True), offloaded=True)
+    assert mixed.training["teacher"] == whole
+
+
+def test_a_teacher_elsewhere_is_counted_there(pair: tuple[CausalLM, CausalLM]) -> None:
+    teacher = CausalLM(tiny_model("llama", seed=2).to("meta"))
+    parts = forecast(pair[0], teacher, SHAPE)
+    assert parts.training["teacher"] == 0
+    slots = SHAPE.rows_in_flight * (SHAPE.prompt_tokens + SHAPE.new_tokens)
+    needed = weight_bytes(teacher) + slots * kv_bytes(teacher)
+    assert parts.elsewhere == {torch.device("meta"): needed}
+
+
+def test_quantised_weights_count_as_they_are_stored() -> None:
+    weight = nn.Linear(64, 32, dtype=torch.bfloat16)
+    quantize_(weight, Int8WeightOnlyConfig())
+    # A byte a number, and a scale and a zero point a row, where bf16 has two bytes a number.
+    assert 64 * 32 < stored_bytes(weight.weight) <= 64 * 32 + 32 * 16
+
+
+def test_a_device_too_small_is_said_with_what_helps_most(
+    pair: tuple[CausalLM, CausalLM],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peak = {"student": 1 * GIB, "KV caches": 4 * GIB, "logits": 2 * GIB, "teacher": 3 * GIB}
+    what = Forecast(CPU, peak, {}, {torch.device("cuda:1"): 9 * GIB})
+    sizes = {CPU: 10 * GIB, torch.device("cuda:1"): 8 * GIB}
+    monkeypatch.setattr("axolotl_skd.memory.device_memory", sizes.__getitem__)
+    warn_of_memory(replace(what, elsewhere={}))
+    assert not caplog.records
+    sizes[CPU] = 10 * GIB - 1
+    warn_of_memory(what)
+    here, there = [record.getMessage() for record in caplog.records]
+    assert "10.0 GiB are predicted to be needed on cpu, which has 10.0" in here
+    assert remedies(what) == [
+        "a smaller distillation.rollout.rollout_batch_size",
+        "distillation.teacher: load_in_4bit: true, another device, or offload: true",
+        "load_in_4bit: true with adapter: qlora",
+    ]
+    assert "; ".join(remedies(what)) in here
+    assert "needed on cuda:1" in there and "load_in_4bit" in there
+
+
+def test_every_part_of_a_forecast_has_a_remedy(pair: tuple[CausalLM, CausalLM]) -> None:
+    parts = forecast(*pair, SHAPE)
+    for phase in (parts.rollout, parts.training):
+        assert len(remedies(replace(parts, rollout=phase, training=phase))) == 3
+
+
+def test_this_machine_has_memory() -> None:
+    assert GIB < device_memory(CPU) < 2**50
+    assert device_memory(torch.device("meta")) is None
 
 
 def test_the_measured_peak_counts_the_models_and_what_came_after() -> None:

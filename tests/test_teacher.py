@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from axolotl_skd.config import TeacherConfig
+from axolotl_skd.memory import stored_bytes
 from axolotl_skd.resources import resource_path
 from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.lm import CausalLM, probe, rollout_mode
@@ -23,6 +25,7 @@ from axolotl_skd.rollout.sampling import row_streams
 from axolotl_skd.rollout.types import Prompts, SamplingParams
 from axolotl_skd.teacher import (
     TeacherError,
+    check_quantised_checkpoint,
     load_teacher,
     quantization_config,
     read_teacher_config,
@@ -301,4 +304,110 @@ def test_the_probe_allows_for_int8_outliers() -> None:
     teacher = load_teacher(
         TeacherConfig(base_model=str(TINY_TEACHER), load_in_8bit=True, dtype="float32"), CPU
     )
+    probe(CausalLM(teacher), "distillation.teacher.base_model")
+
+
+# Other teachers
+
+
+def save_adapter(base: PreTrainedModel, folder: Path, **settings: Any) -> PeftModel:
+    """A random LoRA adapter over `base`, saved in `folder`."""
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], **settings})
+    adapted = get_peft_model(base, config)
+    torch.manual_seed(3)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapter_is_in_the_teachers_layers(tmp_path: Path, settings: dict[str, Any]) -> None:
+    save_model(tmp_path / "base", seed=5)
+    adapted = save_adapter(save_model(tmp_path / "base", seed=5), tmp_path / "adapter", **settings)
+    config = teacher_config(tmp_path / "base", adapter=str(tmp_path / "adapter"))
+    teacher = load_teacher(config, CPU)
+    assert torch.equal(teacher(IDS).logits, adapted(IDS).logits)
+    plain = load_teacher(teacher_config(tmp_path / "base"), CPU)
+    assert not torch.equal(teacher(IDS).logits, plain(IDS).logits)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    probe(CausalLM(teacher), "distillation.teacher.base_model")
+
+
+@pytest.mark.parametrize("what", ["nothing", "shape", "kind"])
+def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path, what: str) -> None:
+    save_model(tmp_path / "base")
+    if what == "shape":
+        save_adapter(save_model(tmp_path / "other", hidden_size=32), tmp_path / "adapter")
+    if what == "kind":
+        prompt = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+        get_peft_model(save_model(tmp_path / "other"), prompt).save_pretrained(tmp_path / "adapter")
+    config = teacher_config(tmp_path / "base", adapter=str(tmp_path / "adapter"))
+    with pytest.raises(TeacherError, match=r"^distillation\.teacher\.adapter: "):
+        load_teacher(config, CPU)
+
+
+def test_a_torchao_teacher_stays_near_the_original(folder: Path) -> None:
+    plain = load_teacher(teacher_config(folder), CPU)
+    teacher = load_teacher(teacher_config(folder, torchao="int8"), CPU)
+    weight = teacher.model.layers[0].mlp.up_proj.weight
+    assert stored_bytes(weight) < weight.numel() * 2
+    error = (teacher(IDS).logits - plain(IDS).logits).float().norm() / plain(
+        IDS
+    ).logits.float().norm()
+    assert 0 < float(error) < 0.05
+    probe(CausalLM(teacher), "distillation.teacher.base_model")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_quantised_checkpoint_without_its_kernels_is_refused(tmp_path: Path, method: str) -> None:
+    """At the configuration, before any weight is read."""
+    model = save_model(tmp_path)
+    settings = {"quant_method": method, "bits": 4, "group_size": 128}
+    config = {**model.config.to_dict(), "quantization_config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    teacher = teacher_config(tmp_path)
+    with pytest.raises(TeacherError, match=f"quantised by {method}.*pip install gptqmodel"):
+        check_quantised_checkpoint(teacher, read_teacher_config(teacher))
+    twice = teacher_config(tmp_path, load_in_8bit=True)
+    with pytest.raises(TeacherError, match=f"load_in_8bit is set.*quantised already .{method}"):
+        check_quantised_checkpoint(twice, read_teacher_config(twice))
+
+
+def test_a_quantised_checkpoint_whose_kernels_are_there_is_loaded_as_it_is(
+    folder: Path, tmp_path: Path
+) -> None:
+    """bitsandbytes' own, which transformers treats as it treats GPTQ and AWQ."""
+    made = load_teacher(teacher_config(folder, load_in_4bit=True, dtype="float32"), CPU)
+    made.save_pretrained(tmp_path)
+    config = teacher_config(tmp_path)
+    check_quantised_checkpoint(config, read_teacher_config(config))
+    teacher = load_teacher(config, CPU)
+    assert linear_types(teacher) == {Linear4bit}
+    assert torch.equal(teacher(IDS).logits, made(IDS).logits)
+    check_quantised_checkpoint(teacher_config(folder), read_teacher_config(teacher_config(folder)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"device_map": "balanced"}, "balanced"),
+        ({"device": "cpu:0"}, {"": "cpu:0"}),
+        ({}, {"": CPU}),
+    ],
+)
+def test_the_place_is_handed_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, str], expected: Any
+) -> None:
+    places = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def watched(name: str, **arguments: Any) -> Any:
+        places.append(arguments["device_map"])
+        return load(name, **arguments)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    teacher = load_teacher(teacher_config(folder, **keys), CPU)
+    assert places == [expected]
     probe(CausalLM(teacher), "distillation.teacher.base_model")

@@ -48,8 +48,10 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         placement = self._placement
-        self.keys[placement.rows, :, placement.slots] = key_states.transpose(1, 2)
-        self.values[placement.rows, :, placement.slots] = value_states.transpose(1, 2)
+        # Layers of a model that is spread over devices keep their keys where they compute.
+        rows, slots = placement.rows.to(self.device), placement.slots.to(self.device)
+        self.keys[rows, :, slots] = key_states.transpose(1, 2)
+        self.values[rows, :, slots] = value_states.transpose(1, 2)
         if placement.view is None:  # a prompt sees itself alone
             return key_states, value_states
         return self.keys[:, :, : placement.view], self.values[:, :, : placement.view]
@@ -130,5 +132,5 @@ class SlotCache(Cache):
             self.graphed.forget()
         for layer in self.layers:
             if layer.is_initialized:
-                layer.keys = layer.keys[index]
-                layer.values = layer.values[index]
+                layer.keys = layer.keys[index.to(layer.device)]
+                layer.values = layer.values[index.to(layer.device)]
