@@ -51,8 +51,46 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "mistral": ("mistral", "Mistral", "sdpa", dict(sliding_window=WINDOW)),
     "phi3": ("phi3", "Phi3", "sdpa", dict(sliding_window=WINDOW)),
     "cohere": ("cohere", "Cohere", "sdpa", dict(logit_scale=0.3)),
-    "granite": ("granite", "Granite", "sdpa", dict(logits_scaling=3.0)),
+    "cohere2": (
+        "cohere2",
+        "Cohere2",
+        "sdpa",
+        dict(
+            head_dim=8,
+            logit_scale=0.3,
+            sliding_window=WINDOW,
+            layer_types=(_SLIDING, _FULL, _SLIDING),  # full layers have no positions
+        ),
+    ),
+    "granite": (
+        "granite",
+        "Granite",
+        "sdpa",
+        dict(
+            logits_scaling=3.0,
+            embedding_multiplier=2.0,
+            residual_multiplier=0.7,
+            attention_multiplier=0.5,
+        ),
+    ),
+    "olmo2": ("olmo2", "Olmo2", "sdpa", {}),
+    "smollm3": ("smollm3", "SmolLM3", "sdpa", dict(no_rope_layers=(1, 0, 1))),
+    "mixtral": ("mixtral", "Mixtral", "sdpa", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": (
+        "qwen3_moe",
+        "Qwen3Moe",
+        "sdpa",
+        dict(
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            norm_topk_prob=True,
+        ),
+    ),
 }
+# Keywords that have one entry per layer, for as many as there may be.
+_BY_LAYER = ("layer_types", "no_rope_layers")
 
 
 def tiny_model(
@@ -77,8 +115,9 @@ def tiny_model(
     package = f"transformers.models.{module_name}"
     config_class = "Gemma3TextConfig" if family == "gemma3" else f"{prefix}Config"
     options = dict(options)
-    if "layer_types" in options:
-        options["layer_types"] = list(options["layer_types"][:num_layers])
+    for key in _BY_LAYER:
+        if key in options:
+            options[key] = list(options[key][:num_layers])
     config = getattr(import_module(f"{package}.configuration_{module_name}"), config_class)(
         **{
             **_COMMON,
