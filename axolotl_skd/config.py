@@ -416,6 +416,11 @@ class Distillation(_Block):
         None, description="Gate on tokens' losses, with any divergence; `speckd` always has one."
     )
     eval: EvalConfig | None = Field(None, description="Bundled evaluation before and after.")
+    fp32_master_weights: bool = Field(
+        False,
+        description="Hold trainable weights in float32 under `bf16: true` or `fp16: true`, which then "
+        "is the precision of the arithmetic alone; they are saved in float32.",
+    )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Seed of the rollouts; default Axolotl's `seed`."
     )

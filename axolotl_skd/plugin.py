@@ -14,6 +14,8 @@ from axolotl.common.datasets import TrainDatasetMeta, load_datasets
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from torch import nn
 
 from axolotl_skd.assembly import assemble
 from axolotl_skd.before_after import evaluate_end, evaluate_start
@@ -22,6 +24,7 @@ from axolotl_skd.config import read_distillation
 from axolotl_skd.cpu import fit_to_cpu, on_cpu
 from axolotl_skd.data import DistillationCollator
 from axolotl_skd.data_checks import checked_datasets, restating_dropped_rows
+from axolotl_skd.precision import raise_to_float32, warn_of_lost_updates
 from axolotl_skd.preflight import (
     check_block_is_there,
     check_eval_tasks,
@@ -31,6 +34,8 @@ from axolotl_skd.preflight import (
 )
 from axolotl_skd.rollout.stop_strings import StopStrings
 from axolotl_skd.trainer import DistillationTrainer, trainer_type
+
+LOG = get_logger(__name__)
 
 
 class SKDPlugin(BasePlugin):
@@ -65,6 +70,16 @@ class SKDPlugin(BasePlugin):
         if distillation.eval is not None:
             evaluate_start(cfg, distillation.eval, tokenizer)
         return meta
+
+    def post_model_load(self, cfg: DictDefault, model: nn.Module) -> None:
+        distillation = read_distillation(cfg)
+        if distillation is None:
+            return
+        if distillation.fp32_master_weights:
+            raised = raise_to_float32(model)
+            LOG.info("distillation.fp32_master_weights: %s numbers raised to float32", f"{raised:,}")
+        else:
+            warn_of_lost_updates(model, float(cfg.learning_rate))
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
         if read_distillation(cfg) is None:

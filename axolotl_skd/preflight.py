@@ -15,9 +15,11 @@ from axolotl.utils.logging import get_logger
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from axolotl_skd.config import Distillation
+from axolotl_skd.cpu import on_cpu
 from axolotl_skd.evaluation.tasks import check_tasks
 from axolotl_skd.prompts import DATASET_TYPE
 from axolotl_skd.rollout.attention import rollout_attention
+from axolotl_skd.rollout.lm import require_cache_by_position
 from axolotl_skd.rollout.types import SamplingParams, Source
 from axolotl_skd.teacher import (
     check_quantised_checkpoint,
@@ -134,11 +136,7 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
             f"load_best_model_at_end: true, but save_steps: {save} is no multiple of eval_steps: "
             f"{evaluate}; Axolotl would switch it off without a word. Make it one."
         )
-    if cfg.get("torch_compile"):
-        raise ConfigConflictError(
-            "torch_compile: true compiles the student's forward, from which the loss takes hidden "
-            "states; that is not supported yet. Set torch_compile: false."
-        )
+    _check_precision(cfg, distillation)
     _check_prompts_only(cfg, distillation)
     _check_attention(cfg)
     _check_head_is_plain(cfg)
@@ -164,6 +162,31 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
             "distillation.teacher.base_model and base_model are the same (%s): this is "
             "self-distillation from a frozen copy.",
             cfg["base_model"],
+        )
+
+
+def _check_precision(cfg: Mapping[str, Any], distillation: Distillation) -> None:
+    """fp16 needs a gradient scaler, which needs an accelerator and gradients that are not fp16."""
+    pure = [key for key in ("bfloat16", "float16") if cfg.get(key)]
+    if distillation.fp32_master_weights and pure:
+        raise ConfigConflictError(
+            f"{pure[0]}: true asks for a model all in 16 bits, and distillation.fp32_master_weights: "
+            f"true for float32 weights. Set {pure[0].replace('loat', '')}: true in its place (mixed "
+            "precision), or remove the latter."
+        )
+    if not cfg.get("fp16"):
+        return
+    if on_cpu():
+        raise ConfigConflictError(
+            "fp16: true (or bf16: auto, which becomes that here) needs an accelerator: on a CPU there is "
+            "no fp16 mixed precision, and loss scaling would be left out. Set fp16: false, and bf16: "
+            "true or false."
+        )
+    if not cfg.get("adapter") and not distillation.fp32_master_weights:
+        raise ConfigConflictError(
+            "fp16: true loads fp16 weights, whose fp16 gradients the gradient scaler refuses "
+            "('Attempting to unscale FP16 gradients'). Set distillation.fp32_master_weights: true, or "
+            "bf16: true, or train an adapter."
         )
 
 
@@ -239,7 +262,8 @@ def check_models(
         tokenizer: the student's, as Axolotl set it up.
 
     Raises:
-        ConfigConflictError, teacher.TeacherError, vocabulary.VocabularyError
+        ConfigConflictError, teacher.TeacherError, vocabulary.VocabularyError,
+        rollout.lm.UnsupportedModelError
     """
     student = AutoConfig.from_pretrained(
         cfg.get("base_model_config") or cfg["base_model"],
@@ -253,11 +277,13 @@ def check_models(
         )
     vocab_size = max(student.get_text_config().vocab_size, len(tokenizer))
     teacher_vocab = None
+    require_cache_by_position("base_model", student)
     _check_positions("base_model", student, distillation, cfg)
     if distillation.method_row.needs_teacher and distillation.teacher.student_base:
         teacher_vocab = tokenizer.get_vocab()
     elif distillation.method_row.needs_teacher:
         teacher = read_teacher_config(distillation.teacher)
+        require_cache_by_position("distillation.teacher.base_model", teacher)
         check_quantised_checkpoint(distillation.teacher, teacher)
         _check_positions("distillation.teacher.base_model", teacher, distillation, cfg)
         teacher_vocab = read_teacher_tokenizer(distillation.teacher).get_vocab()

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from axolotl_skd.rollout.attention import (
     additive,
@@ -27,6 +27,9 @@ LOG = logging.getLogger(__name__)
 
 # With graphs, fewer and larger views: each is a shape of its own.
 _GRAPHED_VIEW_MULTIPLE = 256
+
+# Transformers' names of layers in which each token has keys and values of its own.
+_ADDRESSED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class UnsupportedModelError(ValueError):
@@ -118,13 +121,7 @@ class CausalLM:
         layer_types = getattr(self.config, "layer_types", None)
         self._layer_types: frozenset[str] | None = layer_types and frozenset(layer_types)
         self._window: int | None = getattr(self.config, "sliding_window", None)
-        unknown = (self._layer_types or frozenset()) - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has layers of type {sorted(unknown)}; a rollout needs a "
-                "position-addressed KV cache in every layer (full_attention or sliding_attention). "
-                "Use an attention-only model as base_model / distillation.teacher.base_model."
-            )
+        require_cache_by_position(type(model).__name__, model.config)
 
     @property
     def device(self) -> torch.device:
@@ -284,6 +281,34 @@ def probed_lm(model: PreTrainedModel, name: str, **options: Any) -> CausalLM:
         lm = FullLogitsLM(model, **options)
         probe(lm, name)
     return lm
+
+
+def require_cache_by_position(name: str, config: PreTrainedConfig) -> None:
+    """Refuse state-space and hybrid models, of which the configuration alone tells.
+
+    Their state after n tokens cannot be taken back to n - 1, as a rejected proposal demands.
+
+    Args:
+        name: how to call the model in the error.
+        config: of a causal LM.
+
+    Raises:
+        UnsupportedModelError
+    """
+    text = config.get_text_config()
+    unknown = set(getattr(text, "layer_types", None) or ()) - _ADDRESSED_LAYERS
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    if unknown:
+        what = f"layers of type {sorted(unknown)}"
+    elif getattr(architecture, "_is_stateful", False):
+        what = "a recurrent state"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"{name}: an architecture of type {text.model_type!r} with {what}. A rollout needs a position-"
+        "addressed KV cache in every layer (full_attention or sliding_attention). Use an "
+        "attention-only model as base_model / distillation.teacher.base_model."
+    )
 
 
 def _require_rollout_attention(config: PreTrainedConfig) -> str:
