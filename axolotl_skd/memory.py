@@ -137,6 +137,12 @@ def forecast(
         "student": weight_bytes(student),
         "teacher": teacher_weights.pop(student.device, 0),
         "optimizer": sum(_optimizer_bytes(shape.optimizer, p) for p in trainable),
+        # Autocast keeps its copies for a whole rollout, and from the forward to the backward pass.
+        "cast weights": sum(
+            p.numel() * shape.activation_bytes
+            for p in trainable
+            if p.element_size() > shape.activation_bytes
+        ),
     }
     sampling = _sampling(shape.source, student, beside)
     kept = 0
@@ -155,11 +161,6 @@ def forecast(
             "teacher states": kept,
             "prompts": prompts * max(_layer_bytes(lm, _dtype_bytes(lm)) for lm in sampling),
             "logits": logits * max(map(_dtype_bytes, sampling)),
-            "cast weights": sum(
-                p.numel() * shape.activation_bytes
-                for p in trainable
-                if p.element_size() > shape.activation_bytes
-            ),
         }
     tokens = shape.batch_rows * shape.row_tokens
     vocab, head = student.vocab_size, list(student.head_module.parameters())
@@ -275,7 +276,7 @@ _REMEDIES = {
     "KV caches": "a smaller distillation.rollout.rollout_batch_size",
     "logits": "a smaller distillation.rollout.rollout_batch_size",
     "prompts": "a smaller distillation.rollout.rollout_batch_size",
-    "cast weights": "bf16 weights, or adapter: lora",
+    "cast weights": "adapter: lora, or bf16 weights",
 }
 _NUM_REMEDIES = 3
 

@@ -151,7 +151,9 @@ def test_full_logits_count(pair: tuple[CausalLM, CausalLM]) -> None:
 
 
 def test_weights_cast_for_a_rollout_count(pair: tuple[CausalLM, CausalLM]) -> None:
-    half = forecast(*pair, replace(SHAPE, activation_bytes=2)).rollout["cast weights"]
+    predicted = forecast(*pair, replace(SHAPE, activation_bytes=2))
+    half = predicted.rollout["cast weights"]
+    assert predicted.training["cast weights"] == half
     assert half == weight_bytes(pair[0]) // 2
     assert forecast(*pair, SHAPE).rollout["cast weights"] == 0
 
