@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from axolotl.utils.logging import get_logger
+from torch import nn
 
 LOG = get_logger(__name__)
 
@@ -26,3 +27,14 @@ def fit_to_cpu(cfg: Any) -> None:
         LOG.info("no accelerator: %s switched off", ", ".join(kernels))
     for key in kernels:
         cfg[key] = False
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in evaluation mode (in place).
+
+    On CPUs with AVX-512 it does so at the first forward, which here is a rollout's, for kernels that have
+    no gradient, and leaves them so: layers below would get no gradient any more, without a word.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -21,7 +21,7 @@ from axolotl_skd.assembly import assemble
 from axolotl_skd.before_after import evaluate_end, evaluate_start
 from axolotl_skd.callbacks import StartLineCallback
 from axolotl_skd.config import read_distillation
-from axolotl_skd.cpu import fit_to_cpu, on_cpu
+from axolotl_skd.cpu import fit_to_cpu, keep_differentiable, on_cpu
 from axolotl_skd.data import DistillationCollator
 from axolotl_skd.data_checks import checked_datasets, restating_dropped_rows
 from axolotl_skd.precision import raise_to_float32, warn_of_lost_updates
@@ -75,6 +75,8 @@ class SKDPlugin(BasePlugin):
         distillation = read_distillation(cfg)
         if distillation is None:
             return
+        if on_cpu():
+            keep_differentiable(model)
         if distillation.fp32_master_weights:
             raised = raise_to_float32(model)
             LOG.info("distillation.fp32_master_weights: %s numbers raised to float32", f"{raised:,}")

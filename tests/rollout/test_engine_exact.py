@@ -176,9 +176,18 @@ def test_both_ways_to_finish_occur() -> None:
     assert finishes.count("LENGTH") >= len(CASES)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-@pytest.mark.parametrize("num_draft_tokens", DRAFT_LENGTHS)
-@pytest.mark.parametrize("name", CASES)
+# Their masks and caches are those of others, so a thin sample of draft lengths and batches will do.
+ALIKE = ("cohere2", "olmo2", "smollm3", "mixtral", "qwen3_moe")
+SWEEP = [
+    (name, num_draft_tokens, batch_size)
+    for name in CASES
+    for num_draft_tokens in DRAFT_LENGTHS
+    for batch_size in (1, 3, 8)
+    if name not in ALIKE or (num_draft_tokens, batch_size) in ((2, 3), (5, 8))
+]
+
+
+@pytest.mark.parametrize(("name", "num_draft_tokens", "batch_size"), SWEEP)
 def test_the_engine_equals_the_oracle(name: str, num_draft_tokens: int, batch_size: int) -> None:
     case, expected = case_of(name), expected_rows(name)
     params = replace(case.params, num_draft_tokens=num_draft_tokens)
@@ -229,7 +238,10 @@ WAYS: dict[str, tuple[dict[str, Any], bool, Any]] = {
 # Recording a forward takes its time: full, sliding and softcapped attention stand for the others.
 RECORDED = ("llama", "qwen2_window", "gemma2")
 CASES_AND_WAYS = [
-    (name, way) for name in CASES for way in WAYS if name in RECORDED or not WAYS[way][1]
+    (name, way)
+    for name in CASES
+    for way in WAYS
+    if name in RECORDED or not (WAYS[way][1] or (name in ALIKE and way != "refill"))
 ]
 
 
