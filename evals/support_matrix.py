@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from axolotl_skd.resources import resource_path
 from axolotl_skd.rollout.lm import CausalLM, UnsupportedModelError, rollout_mode
@@ -152,35 +152,33 @@ class CellError(RuntimeError):
 # Models and data on disk
 
 
-def save_tokenizer(folder: Path, new_tokens: Sequence[str] = ()) -> Any:
-    """The embedded pair's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        Path(resource_path("example_configs")) / "tiny" / "teacher"
-    )
-    tokenizer.add_tokens(list(new_tokens))
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
 def save_model(
     family: Family, folder: Path, seed: int, tied: bool, new_tokens: Sequence[str] = ()
 ) -> Path:
     """A random model of the family, whose predictions are uneven."""
-    tokenizer = save_tokenizer(folder, new_tokens)
     config = AutoConfig.for_model(
-        family.model_type,
-        **{**_SIZES, **family.options},
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=tied,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        family.model_type, **{**_SIZES, **family.options}, tie_word_embeddings=tied
     )
+    tokenizer = save_tokenizer(config, folder, new_tokens)
+    config.vocab_size = len(tokenizer)
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(4)
     model.save_pretrained(folder)
     return folder
+
+
+def save_tokenizer(config: PreTrainedConfig, folder: Path, new_tokens: Sequence[str] = ()) -> Any:
+    """The embedded pair's, as the family's own class reads it (Qwen's adds a token), and the config."""
+    embedded = Path(resource_path("example_configs")) / "tiny" / "teacher"
+    AutoTokenizer.from_pretrained(embedded).save_pretrained(folder)
+    config.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(new_tokens))
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def save_rows(path: Path, count: int = 8) -> Path:
@@ -380,15 +378,15 @@ def run_cell(family: Family, cell: str, folder: Path) -> str:
 def run_refusal(model_type: str, options: dict[str, Any], folder: Path) -> str:
     """Why the plugin refuses this configuration, of which no weights exist."""
     student, teacher = folder / "student", folder / "teacher"
-    tokenizer = save_tokenizer(student)
     layers = {"num_hidden_layers": 2} | options
-    AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **layers).save_pretrained(student)
+    save_tokenizer(AutoConfig.for_model(model_type, **layers), student)
     save_model(FAMILIES["llama"], teacher, 2, tied=False)
     save_rows(folder / "train.jsonl")
     try:
         train(config_of(folder, student, teacher), Watch())
     except UnsupportedModelError as error:
-        return re.search(r"with (.*?)\. A rollout", str(error))[1]
+        reason = re.search(r"with (.*?)\. A rollout", str(error))[1]
+        return reason.replace("['", "`").replace("']", "`")
     raise CellError(f"{model_type} was not refused")
 
 
