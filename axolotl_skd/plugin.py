@@ -79,7 +79,9 @@ class SKDPlugin(BasePlugin):
             keep_differentiable(model)
         if distillation.fp32_master_weights:
             raised = raise_to_float32(model)
-            LOG.info("distillation.fp32_master_weights: %s numbers raised to float32", f"{raised:,}")
+            LOG.info(
+                "distillation.fp32_master_weights: %s numbers raised to float32", f"{raised:,}"
+            )
         else:
             warn_of_lost_updates(model, float(cfg.learning_rate))
 

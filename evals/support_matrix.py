@@ -84,9 +84,7 @@ FAMILIES = {
         Family("Mixtral", "mixtral", dict(num_local_experts=4, **_EXPERTS)),
         Family("Qwen2, Qwen2.5", "qwen2"),
         Family("Qwen3", "qwen3"),
-        Family(
-            "Qwen3-MoE", "qwen3_moe", dict(num_experts=4, moe_intermediate_size=64, **_EXPERTS)
-        ),
+        Family("Qwen3-MoE", "qwen3_moe", dict(num_experts=4, moe_intermediate_size=64, **_EXPERTS)),
         Family("Gemma", "gemma"),
         Family("Gemma 2", "gemma2", _WINDOW, attention="eager"),
         Family("Gemma 3 (text)", "gemma3_text", dict(layer_types=[_SLIDING, _FULL], **_WINDOW)),
@@ -299,10 +297,14 @@ class Watch:
 
     def verdict(self, tolerance: float) -> str:
         """Raises: CellError"""
-        if len(self.losses) != STEPS or not all(map(torch.isfinite, map(torch.tensor, self.losses))):
+        if len(self.losses) != STEPS or not all(
+            map(torch.isfinite, map(torch.tensor, self.losses))
+        ):
             raise CellError(f"losses {self.losses}")
         if abs(self.losses[0] - self.expected) > tolerance * self.expected:
-            raise CellError(f"a loss of {self.losses[0]}, where stock forwards give {self.expected}")
+            raise CellError(
+                f"a loss of {self.losses[0]}, where stock forwards give {self.expected}"
+            )
         if not self.cached:
             raise CellError("the rollout did not decode from a cache")
         still = [name for name, p in self._trainable() if torch.equal(p, self.before[name])]
