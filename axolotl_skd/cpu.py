@@ -32,8 +32,8 @@ def fit_to_cpu(cfg: Any) -> None:
 def keep_differentiable(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in evaluation mode (in place).
 
-    On CPUs with AVX-512 it does so at the first forward, which here is a rollout's, for kernels that have
-    no gradient, and leaves them so: layers below would get no gradient any more, without a word.
+    On CPUs with AVX-512 it does so at the first forward, which here is a rollout's, for kernels that
+    have no gradient, and leaves them so: layers below would get no gradient any more, without a word.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -12,7 +12,7 @@ E = (1 - a^G) / (1 - a) tokens a round, takes
 
     prefill    c_s(B P) + c_t(B P)
     rollout    T / E x (G c_s(B) + c_t(B G))
-    training   (8 N_s B (P + T) + 2 V H_t B T) / speed     checkpointed forward and backward, teacher's head
+    training   (8 N_s B (P + T) + 2 V H_t B T) / speed     checkpointed forward, backward; teacher's head
     optimizer  28 N_s / n / bandwidth                      float32 AdamW; n = 1 where nothing is sharded
     exchange   2 x 4 N_s / link                            gradients (rings over many GPUs)
 
@@ -184,8 +184,8 @@ def table() -> str:
         f"{step.prompt} and completions of {step.completion} tokens, G = {step.draft}, a = "
         f"{step.acceptance}, H100s of {device.memory / 1e9:.0f} GB.",
         "",
-        "| pair | GPUs | models | rollout s | training s | exchange s | tokens/s | GPU-s per 1,000 tokens "
-        "| GiB a GPU | fits |",
+        "| pair | GPUs | models | rollout s | training s | exchange s | tokens/s "
+        "| GPU-s per 1,000 tokens | GiB a GPU | fits |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for student, teacher in PAIRS:
