@@ -179,8 +179,8 @@ def _check_precision(cfg: Mapping[str, Any], distillation: Distillation) -> None
     if on_cpu():
         raise ConfigConflictError(
             "fp16: true (or bf16: auto, which becomes that here) needs an accelerator: on a CPU there "
-            "is no fp16 mixed precision, and loss scaling would be left out. Set fp16: false, and bf16: "
-            "true or false."
+            "is no fp16 mixed precision, and loss scaling would be left out. Set fp16: false, and "
+            "bf16: true or false."
         )
     if not cfg.get("adapter") and not distillation.fp32_master_weights:
         raise ConfigConflictError(

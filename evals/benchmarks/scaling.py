@@ -12,7 +12,7 @@ E = (1 - a^G) / (1 - a) tokens a round, takes
 
     prefill    c_s(B P) + c_t(B P)
     rollout    T / E x (G c_s(B) + c_t(B G))
-    training   (8 N_s B (P + T) + 2 V H_t B T) / speed     checkpointed forward, backward; teacher's head
+    training   (8 N_s B (P + T) + 2 V H_t B T) / speed     checkpointed passes, teacher's head
     optimizer  28 N_s / n / bandwidth                      float32 AdamW; n = 1 where nothing is sharded
     exchange   2 x 4 N_s / link                            gradients (rings over many GPUs)
 
