@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.enums import RLType
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, MambaConfig, PreTrainedTokenizerFast
 
+from axolotl_skd import preflight
 from axolotl_skd.config import Distillation, GateConfig
 from axolotl_skd.preflight import (
     ConfigConflictError,
@@ -21,6 +23,7 @@ from axolotl_skd.preflight import (
     stop_set,
     usable_positions,
 )
+from axolotl_skd.rollout.lm import UnsupportedModelError
 from axolotl_skd.teacher import TeacherError
 from axolotl_skd.vocabulary import SharedVocabulary, VocabularyError
 from tests.helpers import VOCAB_SIZE, save_model, save_pair, save_tokenizer, word_vocab
@@ -97,6 +100,59 @@ def test_settings_that_distillation_cannot_honour(keys: dict[str, Any], said: li
     message = refused(**keys)
     for words in said:
         assert words in message
+
+
+@pytest.mark.parametrize(
+    ("cpu", "keys", "masters", "said"),
+    [
+        (True, {"fp16": True}, True, "on a CPU there is no fp16 mixed precision"),
+        (False, {"fp16": True}, False, "unscale FP16 gradients"),
+        (False, {"fp16": True}, True, None),
+        (False, {"fp16": True, "adapter": "lora"}, False, None),
+        (False, {"bf16": True}, False, None),
+        (True, {"bf16": True}, True, None),
+        (True, {"bfloat16": True}, True, "Set bf16: true in its place"),
+        (False, {"float16": True}, True, "Set fp16: true in its place"),
+        (True, {"torch_compile": True}, False, None),
+    ],
+)
+def test_precision(
+    monkeypatch: pytest.MonkeyPatch,
+    cpu: bool,
+    keys: dict[str, Any],
+    masters: bool,
+    said: str | None,
+) -> None:
+    monkeypatch.setattr(preflight, "on_cpu", lambda: cpu)
+    block = distillation().model_copy(update={"fp32_master_weights": masters})
+    if said is None:
+        check_settings(settings(**keys), block)
+        return
+    with pytest.raises(ConfigConflictError, match=said):
+        check_settings(settings(**keys), block)
+
+
+def test_the_gradient_scaler_refuses_what_is_said_of_it() -> None:
+    """Torch's own words, in `_check_precision`'s message."""
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    optimizer, scaler = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu")
+    scaler.scale(weight.float().sum()).backward()
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        scaler.unscale_(optimizer)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_model_with_a_state_is_refused_by_its_configuration(tmp_path: Path, role: str) -> None:
+    paths = dict(zip(("student", "teacher"), save_pair(tmp_path), strict=True))
+    MambaConfig(vocab_size=VOCAB_SIZE).save_pretrained(paths[role])
+    (paths[role] / "model.safetensors").unlink()
+    key = {"student": "^base_model", "teacher": "^distillation.teacher.base_model"}[role]
+    with pytest.raises(UnsupportedModelError, match=f"{key}: .*linear_attention"):
+        check_models(
+            settings(base_model=str(paths["student"])),
+            distillation(teacher=paths["teacher"]),
+            save_tokenizer(tmp_path / "tokenizer"),
+        )
 
 
 def test_the_enum_of_a_validated_config_is_named_as_in_the_yaml() -> None:
