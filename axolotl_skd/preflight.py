@@ -30,6 +30,9 @@ from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
 
 LOG = get_logger(__name__)
 
+# Models all in 16 bits, and mixed precision.
+_MIXED = {"bfloat16": "bf16", "float16": "fp16"}
+
 
 class ConfigConflictError(ValueError):
     """Settings that contradict each other or that distillation cannot honour."""
@@ -167,11 +170,11 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
 
 def _check_precision(cfg: Mapping[str, Any], distillation: Distillation) -> None:
     """fp16 needs a gradient scaler, which needs an accelerator and gradients that are not fp16."""
-    pure = [key for key in ("bfloat16", "float16") if cfg.get(key)]
+    pure = next((key for key in _MIXED if cfg.get(key)), None)
     if distillation.fp32_master_weights and pure:
         raise ConfigConflictError(
-            f"{pure[0]}: true asks for a model all in 16 bits, and distillation.fp32_master_weights: "
-            f"true for float32 weights. Set {pure[0].replace('loat', '')}: true in its place (mixed "
+            f"{pure}: true asks for a model all in 16 bits, and distillation.fp32_master_weights: "
+            f"true for float32 weights. Set {_MIXED[pure]}: true in its place (mixed "
             "precision), or remove the latter."
         )
     if not cfg.get("fp16"):

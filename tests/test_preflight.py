@@ -150,7 +150,7 @@ def test_a_model_with_a_state_is_refused_by_its_configuration(tmp_path: Path, ro
     with pytest.raises(UnsupportedModelError, match=f"{key}: .*linear_attention"):
         check_models(
             settings(base_model=str(paths["student"])),
-            distillation(teacher=paths["teacher"]),
+            distillation(teacher=paths["teacher"], max_prompt_tokens=8, max_new_tokens=8),
             save_tokenizer(tmp_path / "tokenizer"),
         )
 
