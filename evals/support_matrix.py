@@ -32,6 +32,8 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.state import AcceleratorState
+from accelerate.utils import is_compiled_module
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
@@ -305,6 +307,11 @@ class Watch:
             raise CellError(
                 f"a loss of {self.losses[0]}, where stock forwards give {self.expected}"
             )
+        compiled = is_compiled_module(self.trainer.model_wrapped)
+        if compiled != bool(self.trainer.args.torch_compile):
+            raise CellError(
+                f"the student was compiled: {compiled}, which was not what was asked for"
+            )
         if not self.cached:
             raise CellError("the rollout did not decode from a cache")
         still = [name for name, p in self._trainable() if torch.equal(p, self.before[name])]
@@ -334,13 +341,16 @@ def watching(watch: Watch) -> Iterator[None]:
         watch.attach(trainer)
 
     SKDPlugin.post_trainer_create = hook
-    environment = dict(os.environ)  # Axolotl leaves the compiler's backend there
+    environment = dict(
+        os.environ
+    )  # Axolotl leaves the compiler's backend there, accelerate keeps it
     try:
         yield
     finally:
         SKDPlugin.post_trainer_create = original
         os.environ.clear()
         os.environ.update(environment)
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train(config: dict[str, Any], watch: Watch) -> None:

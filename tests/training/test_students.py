@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,13 +36,14 @@ def trainable(trainer: DistillationTrainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Axolotl's settings of the compiler outlive a run; here they do not."""
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Axolotl's and accelerate's settings of the compiler outlive a run; here they do not."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
-    for name in ("suppress_errors", "accumulated_cache_size_limit"):
-        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
     torch._dynamo.reset()
     counters.clear()
+    with torch._dynamo.config.patch(suppress_errors=False):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_compiled_student_trains_the_same(pair: Path, tmp_path: Path, compiler: None) -> None:
