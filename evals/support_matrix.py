@@ -350,7 +350,7 @@ def watching(watch: Watch) -> Iterator[None]:
         SKDPlugin.post_trainer_create = original
         os.environ.clear()
         os.environ.update(environment)
-        AcceleratorState._reset_state(reset_partial_state=True)
+        AcceleratorState._reset_state()
 
 
 def train(config: dict[str, Any], watch: Watch) -> None:

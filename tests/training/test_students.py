@@ -43,7 +43,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     counters.clear()
     with torch._dynamo.config.patch(suppress_errors=False):
         yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state()
 
 
 def test_a_compiled_student_trains_the_same(pair: Path, tmp_path: Path, compiler: None) -> None:
