@@ -36,11 +36,9 @@ def paper_output(task: Task, family: Family, stage: Stage) -> str:
 def prepare_data(task: Task, stage: Stage) -> str:
     """The commands that make the two files which the stage reads."""
     if stage is Stage.TEACHER_SFT:
-        data = task.teacher_data
-        # The release of DialogSum has more rows than the paper's teachers saw.
-        sample = f" --sample {task.teacher_rows}" if task.name == "summarization" else ""
+        data, sample = task.teacher_data, task.teacher_sample
     else:
-        data, sample = task.student_data, task.sample
+        data, sample = task.student_data, task.student_sample
     lines = [
         *task.split,
         'to_chat() { axolotl skd to-chat "$@" \\',
@@ -133,39 +131,62 @@ def paper_distillation(task: Task, family: Family, stage: Stage) -> str:
     )
 
 
+def updates(task: Task, stage: Stage) -> int:
+    """Optimizer steps, if no row is dropped."""
+    return task.steps if stage is Stage.SKD else 3 * _epoch(task, stage)
+
+
+def _epoch(task: Task, stage: Stage) -> int:
+    rows = task.teacher_rows if stage is Stage.TEACHER_SFT else task.rows
+    return -(-rows // 8)
+
+
+def batch_and_length(task: Task, stage: Stage) -> list[Entry]:
+    batch: list[Entry] = [
+        ("micro_batch_size", 8, "appendix C, as the next"),
+        ("gradient_accumulation_steps", 1),
+    ]
+    if stage is Stage.TEACHER_SFT:
+        batch = [
+            ("micro_batch_size", 2, "2 x 4 = 8, the batch of appendix C, with the same loss"),
+            ("gradient_accumulation_steps", 4),
+        ]
+    if stage is not Stage.SKD:
+        return [*batch, ("num_epochs", 3, "section 4")]
+    # Axolotl's warm-up is a share of the smaller of the two, and dropped rows shorten epochs.
+    epochs = 2 * -(-task.steps // _epoch(task, stage))
+    return [
+        *batch,
+        ("max_steps", task.steps, "appendix C"),
+        ("num_epochs", epochs, "more than enough: max_steps decides"),
+    ]
+
+
+def looks(task: Task, stage: Stage) -> list[Entry]:
+    """When it is evaluated and saved."""
+    every = updates(task, stage) // 5
+    large = stage is Stage.TEACHER_SFT
+    return [
+        ("eval_steps", every, "five looks; the paper does not say how many"),
+        ("save_steps", every),
+        ("save_total_limit", 2),
+        *([("save_only_model", "true", "without the optimizer's states")] if large else []),
+        ("load_best_model_at_end", "true", "lowest validation loss: section 4, appendix C"),
+        ("logging_steps", 5),
+        ("seed", 42),
+    ]
+
+
 def paper_training(task: Task, stage: Stage) -> str:
     """Batch, steps, optimizer, precision, and when to look."""
-    rows = task.teacher_rows if stage is Stage.TEACHER_SFT else task.rows
-    epoch = -(-rows // 8)
-    steps = task.steps if stage is Stage.SKD else 3 * epoch
-    paged = stage is Stage.TEACHER_SFT
-    batch: list[Entry] = [
-        (
-            "micro_batch_size",
-            2,
-            "2 x 4 = the paper's batch of 8 (appendix C); the loss is the same",
-        ),
-        ("gradient_accumulation_steps", 4),
-    ]
-    if not paged:
-        batch = [
-            ("micro_batch_size", 8, "appendix C, as the next"),
-            ("gradient_accumulation_steps", 1),
-        ]
-    if stage is Stage.SKD:
-        # Axolotl's warm-up is a share of the smaller of the two, and dropped rows shorten epochs.
-        length: list[Entry] = [
-            ("max_steps", steps, "appendix C"),
-            ("num_epochs", 2 * -(-steps // epoch), "more than enough: max_steps decides"),
-        ]
-    else:
-        length = [("num_epochs", 3, "section 4")]
+    optimizer = "paged_adamw_32bit" if stage is Stage.TEACHER_SFT else "adamw_torch"
     schedule: list[Entry] = [
-        ("optimizer", "paged_adamw_32bit" if paged else "adamw_torch", "the paper names none"),
+        ("optimizer", optimizer, "the paper names none"),
         ("lr_scheduler", "linear", "appendix I"),
         ("warmup_ratio", 0.1, "section 4, as the next"),
         ("learning_rate", "1.0e-5"),
     ]
+    dropout = ("attention_dropout", 0.1, "section 4: dropout 0.1; these models have no other")
     precision: list[Entry] = [
         ("bf16", "false"),
         ("fp16", "false"),
@@ -173,28 +194,15 @@ def paper_training(task: Task, stage: Stage) -> str:
         ("gradient_checkpointing", "true"),
         ("attn_implementation", "sdpa"),
     ]
-    every = steps // 5
-    logs: list[Entry] = [
-        ("eval_steps", every, "five looks; the paper does not say how many"),
-        ("save_steps", every),
-        ("save_total_limit", 2),
-        *([("save_only_model", "true", "without the optimizer's states")] if paged else []),
-        ("load_best_model_at_end", "true", "lowest validation loss: section 4, appendix C"),
-        ("logging_steps", 5),
-        ("seed", 42),
-    ]
     return "\n".join(
         [
-            yaml_lines([*batch, *length, *schedule])
+            yaml_lines([*batch_and_length(task, stage), *schedule])
             + "model_config:\n"
-            + yaml_lines(
-                [("attention_dropout", 0.1, "section 4: dropout 0.1; these models have no other")],
-                2,
-            ),
+            + yaml_lines([dropout], 2),
             "# Float32 weights: at this learning rate most updates are smaller than half a bf16 step "
             "and would\n# be rounded away. TF32 keeps the matrix products fast.\n"
             + yaml_lines(precision),
-            yaml_lines(logs),
+            yaml_lines(looks(task, stage)),
         ]
     )
 

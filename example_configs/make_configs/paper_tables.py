@@ -97,7 +97,7 @@ class Task:
         train, dev: files of JSON lines.
         options: of `axolotl skd to-chat`, the format of appendix E.
         teacher_data, student_data, validation: chat rows in data/.
-        sample: options that take the student's rows from `train`.
+        teacher_sample, student_sample: options that take their rows from `train`.
         evaluation: the paper's test, as a bundled task.
         scale: the other sizes of the paper.
         task_specific: are the tests of the same task (section 5.1), or others (section 5.2)?
@@ -119,9 +119,10 @@ class Task:
     teacher_data: str
     student_data: str
     validation: str
-    sample: str
+    student_sample: str
     evaluation: str
     scale: str
+    teacher_sample: str = ""
     teacher_top_p: float = 1.0
     task_specific: bool = True
     remark: str = ""
@@ -159,7 +160,7 @@ TASKS = {
         teacher_data="translation_train",
         student_data="translation_train",
         validation="translation_dev",
-        sample="",
+        student_sample="",
         evaluation="skd_flores_asm_eng",
         scale=LOW_DATA,
         remark="Which 500 rows of devtest are for validation the paper does not say: here the first. "
@@ -181,9 +182,10 @@ TASKS = {
         dev="dialogsum.dev.jsonl",
         options=("--user '{dialogue}' --assistant '{summary}'",),
         teacher_data="summarization_10k",
+        teacher_sample=" --sample 10000",
         student_data="summarization_1k",
         validation="summarization_dev",
-        sample=" --sample 1000",
+        student_sample=" --sample 1000",
         evaluation="skd_dialogsum",
         scale=LOW_DATA,
     ),
@@ -206,11 +208,11 @@ TASKS = {
         teacher_data="gsm8k_7k",
         student_data="gsm8k_1k",
         validation="gsm8k_dev",
-        sample=" --sample 1000",
+        student_sample=" --sample 1000",
         evaluation="skd_gsm8k",
         scale=LOW_DATA,
         remark="Which 473 rows are for validation the paper does not say: here the last. The "
-        "calculator's marks <<...>> are taken out of the answers, as in the paper's table 13.",
+        "calculator's marks <<...>> are taken out of the answers, as in the paper's tables 13 and 14.",
     ),
     "math": Task(
         name="math",
@@ -235,7 +237,7 @@ TASKS = {
         teacher_data="math_10k",
         student_data="math_1k",
         validation="math_dev",
-        sample=" --sample 1000",
+        student_sample=" --sample 1000",
         evaluation="skd_math_heldout",
         scale="With 10,000 rows (appendix C): data/math_10k.jsonl, made for the teacher, "
         "max_steps: 7500, num_epochs: 12, eval_steps and save_steps: 1500.",
