@@ -18,15 +18,15 @@ ROWS = 12
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first rows of the tiny training data."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the first rows of the tiny training data, prepared once for all methods."""
     lines = (FOLDER / "tiny" / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    path = tmp_path_factory.mktemp("rows") / "train.jsonl"
-    path.write_text("\n".join(lines[:ROWS]) + "\n", encoding="utf-8")
-    return path
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "train.jsonl").write_text("\n".join(lines[:ROWS]) + "\n", encoding="utf-8")
+    return folder
 
 
-def shortened(method: str, rows: Path, folder: Path) -> dict[str, Any]:
+def shortened(method: str, folder: Path) -> dict[str, Any]:
     """Two steps of four rows, without validation and evaluation; paths that hold anywhere."""
     config = yaml.safe_load((FOLDER / f"{method}_tiny.yml").read_text(encoding="utf-8"))
     block = config["distillation"]
@@ -35,7 +35,7 @@ def shortened(method: str, rows: Path, folder: Path) -> dict[str, Any]:
         block["teacher"]["base_model"] = str(FOLDER.parent / block["teacher"]["base_model"])
     for key in ("test_datasets", "eval_strategy", "eval_steps", "save_steps", "save_total_limit"):
         del config[key]
-    config["datasets"][0]["path"] = str(rows)
+    config["datasets"][0]["path"] = str(folder / "train.jsonl")
     return {
         **config,
         "base_model": str(FOLDER.parent / config["base_model"]),
@@ -50,9 +50,9 @@ def shortened(method: str, rows: Path, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_config_of_a_method_trains(method: str, rows: Path, tmp_path: Path) -> None:
-    config = shortened(method, rows, tmp_path)
-    trainer = run_training(config, tmp_path / "out")
+def test_the_config_of_a_method_trains(method: str, folder: Path, tmp_path: Path) -> None:
+    config = shortened(method, folder)
+    trainer = run_training(config, tmp_path)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses) == trainer.state.global_step == 2
     assert all(math.isfinite(loss) and loss > 0 for loss in losses)
