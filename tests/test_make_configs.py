@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from axolotl_skd.evaluation.tasks import check_tasks
-from axolotl_skd.methods import METHODS
+from axolotl_skd.methods import METHODS, LossRecipe, Method, Share
 from axolotl_skd.resources import resource_path
+from axolotl_skd.rollout.types import Source
 from example_configs.make_configs import all_files
 
 FOLDER = resource_path("example_configs")
@@ -59,6 +60,16 @@ def test_the_committed_files_are_what_is_written() -> None:
 def test_every_method_has_a_config_for_the_tiny_pair() -> None:
     for method in METHODS:
         assert config(f"{method}_tiny")["distillation"]["method"] == method
+
+
+def test_a_new_row_of_the_table_gets_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Method(Source.INTERLEAVED, LossRecipe.DIVERGENCE, "the data set first", share=Share.LATE)
+    monkeypatch.setitem(METHODS, "late_skd", row)
+    written = all_files()["late_skd_tiny.yml"]
+    assert "# late_skd of the tiny pair: the data set first.\n" in written
+    block = yaml.safe_load(written)["distillation"]
+    assert block["method"] == "late_skd"
+    assert block["rollout"] == config("skd_tiny")["distillation"]["rollout"]
 
 
 @pytest.mark.parametrize(("task", "family"), PAIRS)

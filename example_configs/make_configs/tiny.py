@@ -101,9 +101,14 @@ TINY = {
 }
 
 
+def tiny_method(name: str) -> TinyMethod:
+    """Its record; of a method without one, what the table of methods says."""
+    return TINY.get(name) or TinyMethod(f"{name} of the tiny pair: {METHODS[name].summary}.")
+
+
 def tiny_distillation(name: str, prompt: int, new: int) -> str:
     """The block up to its end, without `eval`."""
-    method, record = METHODS[name], TINY[name]
+    method, record = METHODS[name], tiny_method(name)
     settings = {"max_prompt_tokens": (prompt,), "max_new_tokens": (new,), **TINY_SAMPLING}
     teacher = "  teacher:\n    base_model: example_configs/tiny/teacher\n"
     return (
@@ -145,7 +150,7 @@ def tiny(name: str) -> str:
     logs += [("save_total_limit", 1), ("logging_steps", 10), ("seed", 42)]
     return "\n".join(
         [
-            header(file, TINY[name].about) + models("example_configs/tiny/student"),
+            header(file, tiny_method(name).about) + models("example_configs/tiny/student"),
             tiny_distillation(name, 96, 80)
             + "  eval:\n"
             + yaml_lines([("tasks", "[skd_tiny_arithmetic]"), ("batch_size", 100)], 4),
