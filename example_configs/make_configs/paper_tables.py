@@ -26,7 +26,7 @@ class Model:
         hub_id: the instruction-tuned model that training starts from (section 4).
         title: for people.
         slug: in the names of outputs.
-        sft_memory: what full fine-tuning with float32 weights needs, estimated.
+        sft_memory: what full fine-tuning with float32 weights needs, from the forecast of memory.py.
     """
 
     hub_id: str
@@ -43,7 +43,7 @@ class Family:
         name: in file names.
         teacher, student: the pair.
         chat: how its chats are written.
-        skd_memory: what distillation from the 4-bit teacher needs, estimated.
+        skd_memory: what distillation from the 4-bit teacher needs, likewise.
         remark: for the header of the distillation.
     """
 
@@ -55,13 +55,15 @@ class Family:
     remark: str = ""
 
 
-# Weights and gradients of 8.5 billion parameters are 68 GB, and so are Adam's moments.
-PAGED = "a GPU of 80 GB, 70 GB of the host's memory (the optimizer's states are paged)"
+def _paged(gpu: int, host: int) -> str:
+    """GB of both: weights and gradients on the GPU, Adam's moments beside it, 8 bytes a parameter each."""
+    return f"a GPU of {gpu} GB, {host} GB of the host's memory (the optimizer's states are paged)"
+
 
 FAMILIES = {
     "gemma": Family(
         name="gemma",
-        teacher=Model("google/gemma-7b-it", "Gemma-7B-it", "gemma7b", PAGED),
+        teacher=Model("google/gemma-7b-it", "Gemma-7B-it", "gemma7b", _paged(96, 70)),
         student=Model("google/gemma-2b-it", "Gemma-2B-it", "gemma2b", "a GPU of 80 GB"),
         chat=(
             ("chat_template", "gemma"),
@@ -71,7 +73,7 @@ FAMILIES = {
     ),
     "qwen": Family(
         name="qwen",
-        teacher=Model("Qwen/Qwen2-7B-Instruct", "Qwen2-7B-it", "qwen2-7b", PAGED),
+        teacher=Model("Qwen/Qwen2-7B-Instruct", "Qwen2-7B-it", "qwen2-7b", _paged(80, 62)),
         student=Model("Qwen/Qwen2-0.5B-Instruct", "Qwen2-0.5B-it", "qwen2-0.5b", "a GPU of 24 GB"),
         chat=(("chat_template", "tokenizer_default"),),
         skd_memory="a GPU of 40 GB",
