@@ -56,7 +56,7 @@ class Family:
 
 
 def _paged(gpu: int, host: int) -> str:
-    """GB of both: weights and gradients on the GPU, Adam's moments beside it, 8 bytes a parameter each."""
+    """In GB: weights and gradients, and Adam's moments, are 8 bytes a parameter each."""
     return f"a GPU of {gpu} GB, {host} GB of the host's memory (the optimizer's states are paged)"
 
 
