@@ -42,11 +42,6 @@ class Decoding:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    @property
-    def untempered(self) -> bool:
-        """Are these samples of the models' own distributions?"""
-        return self.temperature == 1 and self.top_p == 1
-
     def generation_arguments(self) -> dict[str, Any]:
         """Keywords of `generate`.
 

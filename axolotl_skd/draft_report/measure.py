@@ -54,7 +54,7 @@ def measure(
     repeats: int,
     seed: int,
     progress: Callable[[str], None] = lambda _message: None,
-) -> tuple[list[Measurement], list[Completion]]:
+) -> list[Measurement]:
     """Measure every student as a draft under one way of decoding.
 
     For each prompt all contenders take their turn before the next, so that a machine that slows down
@@ -69,7 +69,7 @@ def measure(
         progress: called with a line before each pass.
 
     Returns:
-        one measurement per student, and the teacher's own completions of the first pass.
+        one measurement per student.
     """
     contenders: dict[str | None, PreTrainedModel | None] = {None: None, **students}
     for student in contenders.values():
@@ -84,10 +84,7 @@ def measure(
                 draw = seed + repeat * len(prompts) + index
                 passes[name][-1].append(decode(teacher, student, prompt, decoding, draw))
     alone = passes.pop(None)
-    measurements = [
-        _summary(name, decoding, drafted, alone) for name, drafted in passes.items() if name
-    ]
-    return measurements, alone[0]
+    return [_summary(name, decoding, drafted, alone) for name, drafted in passes.items() if name]
 
 
 def _summary(

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_skd.draft_report.errors import DraftReportError
+from axolotl_skd.draft_report.widths import grow_to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,9 @@ def student_files(cfg: Mapping[str, Any]) -> dict[str, StudentFiles]:
         "revision": cfg.get("revision_of_model"),
         "trust_remote_code": trust,
     }
-    students = {"before": StudentFiles(**start, adapter=cfg.get("lora_model_dir"), keys="base_model")}
+    students = {
+        "before": StudentFiles(**start, adapter=cfg.get("lora_model_dir"), keys="base_model")
+    }
     output_dir = cfg["output_dir"]
     if cfg.get("adapter"):
         if _holds(output_dir, "adapter_model*"):
@@ -61,8 +64,15 @@ def _holds(folder: str, *patterns: str) -> bool:
     return any(any(Path(folder).glob(pattern)) for pattern in patterns)
 
 
-def load_student(files: StudentFiles, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_student(
+    files: StudentFiles, *, num_tokens: int, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     """Load a student unquantised and in evaluation mode, an adapter merged into it.
+
+    Args:
+        files: where it is.
+        num_tokens: of the tokenizer; embeddings grow to it, as in training.
+        dtype, device: of the weights.
 
     Raises:
         DraftReportError: it cannot be read, or weights are missing.
@@ -78,6 +88,7 @@ def load_student(files: StudentFiles, dtype: torch.dtype, device: torch.device) 
         )
         if info["missing_keys"]:  # transformers would leave them at random numbers
             raise ValueError(f"not in the checkpoint: {sorted(info['missing_keys'])[:5]}")
+        grow_to(model, num_tokens)
         if files.adapter is not None:
             model = PeftModel.from_pretrained(model, files.adapter).merge_and_unload()
     except torch.OutOfMemoryError:

@@ -33,10 +33,12 @@ def read_prompt_file(path: Path, limit: int | None = None) -> list[Conversation]
         raise DraftReportError(f"--prompts: {error}") from None
     if not rows:
         raise DraftReportError(
-            f"--prompts: {path} holds no prompt. Give chat rows ({{\"messages\": [...]}}) in a "
+            f'--prompts: {path} holds no prompt. Give chat rows ({{"messages": [...]}}) in a '
             ".jsonl file, or one prompt a line in a text file."
         )
-    return [_conversation(row, f"--prompts: row {i} of {path}") for i, row in enumerate(rows[:limit], 1)]
+    return [
+        _conversation(row, f"--prompts: row {i} of {path}") for i, row in enumerate(rows[:limit], 1)
+    ]
 
 
 def _conversation(row: Any, where: str) -> Conversation:
