@@ -207,6 +207,7 @@ def _load(
 ) -> tuple[PreTrainedModel, dict[str, PreTrainedModel]]:
     """The teacher as in training and the students, all of one vocabulary."""
     device = torch.device(cfg.device)
+    _check_device(distillation.teacher.device)
     students = {
         name: load_student(files, num_tokens=num_tokens, dtype=cfg.torch_dtype, device=device)
         for name, files in student_files(cfg).items()
@@ -220,6 +221,17 @@ def _load(
             head_width(teacher),
         )
     return teacher, students
+
+
+def _check_device(name: str | None) -> None:
+    """Is the device there that the config puts the teacher on?"""
+    accelerator = torch.accelerator.current_accelerator()
+    present = {"cpu", "meta"} | ({accelerator.type} if torch.accelerator.is_available() else set())
+    if name is not None and torch.device(name).type not in present:
+        raise DraftReportError(
+            f"distillation.teacher.device: {name}, but this machine has no such device. Run the report "
+            "where the teacher fits, or change the key in a copy of the config."
+        )
 
 
 def _check_positions(
