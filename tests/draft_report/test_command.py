@@ -71,11 +71,11 @@ def test_before_and_after(folder: Path, tmp_path: Path) -> None:
     assert list(rows) == [("before", 0.0), ("before", 1.0), ("after", 0.0), ("after", 1.0)]
     for temperature in (0.0, 1.0):
         before, after = rows["before", temperature], rows["after", temperature]
-        assert before["acceptance_rate"] < 0.5 < after["acceptance_rate"] == 1
+        assert before["acceptance_rate"] < 0.9 < after["acceptance_rate"] == 1
         assert before["tokens_per_teacher_call"] < after["tokens_per_teacher_call"]
         assert len(before["speedups"]) == 1
     assert rows["before", 0.0]["equal_outputs"] == rows["after", 0.0]["equal_outputs"] == 1
-    assert report["alpha"]["before"] < 0.5
+    assert report["alpha"]["before"] < 0.9
     assert report["alpha"]["after"] == pytest.approx(1, abs=1e-5)
     assert report["settings"]["draft tokens"] == "3 (constant)"  # the config's
     assert report["settings"]["seed"] == 7

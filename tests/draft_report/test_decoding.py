@@ -115,6 +115,16 @@ def test_nothing_is_inherited_from_a_checkpoints_generation_config() -> None:
     assert decode(teacher, None, PROMPTS[1], how, seed=0).ids == plain
 
 
+def test_sampling_is_from_the_whole_vocabulary() -> None:
+    """transformers would keep 50 of 200 tokens by default; 300 draws hit about 150 of them."""
+    weights = [200.0 + i for i in range(200)]
+    lm = memoryless([weight / sum(weights) for weight in weights])
+    forget_generation_settings(lm)
+    how = decoding(1.0, max_new_tokens=240, stop_token_ids=(0,))
+    tokens = {token for seed in range(3) for token in decode(lm, None, [1], how, seed).ids}
+    assert len(tokens) > 60
+
+
 # Samples of models without memory are independent draws from known distributions. Token 0 stops, but
 # never comes, so that the number of tokens is fixed.
 
