@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from axolotl_skd.draft_report.options import ReportOptions
 from axolotl_skd.evaluation.score_files import METRICS
 
 
@@ -98,31 +99,40 @@ def score(
     click.echo(as_json(scores) if as_json_line else as_text(scores))
 
 
+_DEFAULTS = ReportOptions()
+
+
 @skd.command()
 @click.argument("config", type=_FILE)
 @click.option("--prompts", type=_FILE, help="Chat rows (.jsonl), or text, one prompt a line.")
 @click.option("--task", help="Bundled task whose questions are the prompts.")
-@click.option("--limit", type=click.IntRange(min=1), default=32, show_default=True, help="Prompts.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=_DEFAULTS.limit,
+    show_default=True,
+    help="Prompts.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Default the config's.")
 @click.option("--num-draft-tokens", type=click.IntRange(min=1), help="Default the config's, or 5.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0, min_open=True),
-    default=1.0,
+    default=_DEFAULTS.temperature,
     show_default=True,
     help="Of the sampled run.",
 )
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
-    default=1.0,
+    default=_DEFAULTS.top_p,
     show_default=True,
     help="Of the sampled run.",
 )
 @click.option(
     "--repeats",
     type=click.IntRange(min=1),
-    default=3,
+    default=_DEFAULTS.repeats,
     show_default=True,
     help="Timed passes over the prompts.",
 )
@@ -139,7 +149,7 @@ def speedup(config: Path, as_json_line: bool, output: Path | None, **options: An
     import json
 
     from axolotl_skd.data_checks import DataError
-    from axolotl_skd.draft_report.command import ReportOptions, draft_report
+    from axolotl_skd.draft_report.command import draft_report
     from axolotl_skd.draft_report.errors import DraftReportError
     from axolotl_skd.preflight import ConfigConflictError
     from axolotl_skd.rollout.lm import UnsupportedModelError

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from axolotl.cli.config import load_cfg
 from axolotl.cli.utils.load import resolve_chat_template_str
 from axolotl.common.datasets import load_datasets
@@ -27,6 +28,7 @@ from axolotl_skd.draft_report.decoding import (
 from axolotl_skd.draft_report.errors import DraftReportError
 from axolotl_skd.draft_report.measure import Measurement, expected_acceptance, measure
 from axolotl_skd.draft_report.models import load_student, student_files
+from axolotl_skd.draft_report.options import ReportOptions
 from axolotl_skd.draft_report.prompts import (
     Conversation,
     read_prompt_file,
@@ -35,6 +37,7 @@ from axolotl_skd.draft_report.prompts import (
 )
 from axolotl_skd.draft_report.report import DraftReport
 from axolotl_skd.draft_report.widths import cut_to_one_width, head_width
+from axolotl_skd.draft_report.windows import draft_window
 from axolotl_skd.preflight import Preflight, check_models, check_settings, usable_positions
 from axolotl_skd.teacher import load_teacher
 from axolotl_skd.vocabulary import share_vocabulary
@@ -42,32 +45,6 @@ from axolotl_skd.vocabulary import share_vocabulary
 LOG = get_logger(__name__)
 
 _PAPERS_DRAFT_LENGTH = 5  # where the config leaves it to `auto`, which is about training
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReportOptions:
-    """What the command line says beside the config.
-
-    Attributes:
-        prompts: file of prompts; at most one of `prompts` and `task`.
-        task: bundled lm-eval task whose questions are the prompts.
-        limit: only the first so many prompts.
-        max_new_tokens: longest completion, default `distillation.rollout.max_new_tokens`.
-        num_draft_tokens: proposals a round, default `distillation.rollout.num_draft_tokens`.
-        temperature, top_p: of the sampled run.
-        repeats: timed passes over the prompts.
-        seed: of the samples, default the config's.
-    """
-
-    prompts: Path | None = None
-    task: str | None = None
-    limit: int = 32
-    max_new_tokens: int | None = None
-    num_draft_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    repeats: int = 3
-    seed: int | None = None
 
 
 def draft_report(config: Path, options: ReportOptions) -> DraftReport:
@@ -96,7 +73,9 @@ def draft_report(config: Path, options: ReportOptions) -> DraftReport:
     num_draft_tokens = options.num_draft_tokens or _draft_length(distillation)
 
     teacher, students = _load(cfg, distillation, preflight, num_tokens=len(tokenizer))
-    _check_positions([teacher, *students.values()], max(map(len, prompts)), max_new_tokens)
+    longest = max(map(len, prompts))
+    _check_positions([teacher, *students.values()], longest, max_new_tokens)
+    _check_windows(list(students.values()), longest, max_new_tokens)
     width = cut_to_one_width([teacher, *students.values()])
     forget_generation_settings(teacher)
     for student in students.values():
@@ -244,6 +223,21 @@ def _check_positions(
                 f"the longest prompt has {prompt_tokens} tokens and --max-new-tokens is "
                 f"{max_new_tokens}, but {model.config.name_or_path} has {positions} positions{why}. "
                 "Lower --max-new-tokens."
+            )
+
+
+def _check_windows(
+    students: Sequence[PreTrainedModel], prompt_tokens: int, max_new_tokens: int
+) -> None:
+    for student in students:
+        window = draft_window(student)
+        if window is not None and prompt_tokens + max_new_tokens > window:
+            raise DraftReportError(
+                f"the longest prompt has {prompt_tokens} tokens and --max-new-tokens is "
+                f"{max_new_tokens}, but {student.config.name_or_path} has a sliding window of {window}, "
+                f"beyond which transformers {transformers.__version__} drafts wrongly "
+                "(huggingface/transformers#48280). Lower --max-new-tokens, or install a transformers "
+                "that holds that fix."
             )
 
 

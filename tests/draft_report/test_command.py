@@ -13,12 +13,20 @@ import yaml
 from axolotl.integrations.base import PluginManager
 from click.testing import CliRunner, Result
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from axolotl_skd.cli import skd
 from axolotl_skd.draft_report import command
-from axolotl_skd.draft_report.command import ReportOptions, draft_report
+from axolotl_skd.draft_report.command import draft_report
 from axolotl_skd.draft_report.errors import DraftReportError
+from axolotl_skd.draft_report.options import ReportOptions
+from axolotl_skd.draft_report.windows import rolls_back_windows
 from tests.training.harness import base_config, save_model, save_rows, validation_set
 
 
@@ -218,6 +226,16 @@ def test_refusals(
     assert result.exit_code == 1, result.output
     assert message in result.output
     assert not result.output.startswith("Traceback")
+
+
+def test_a_window_that_a_draft_would_outgrow(folder: Path, tmp_path: Path) -> None:
+    student = AutoModelForCausalLM.from_pretrained(folder / "student")
+    config = MistralConfig(**{**student.config.to_dict(), "sliding_window": 20})
+    MistralForCausalLM(config).save_pretrained(tmp_path / "student")
+    AutoTokenizer.from_pretrained(folder / "student").save_pretrained(tmp_path / "student")
+    config = write_config(tmp_path, folder, base_model=str(tmp_path / "student"))
+    result = run(config, "--prompts", str(folder / "prompts.txt"), "--max-new-tokens", "30")
+    assert ("has a sliding window of 20" in result.output) is not rolls_back_windows()
 
 
 def test_a_config_without_distillation(folder: Path, tmp_path: Path) -> None:
