@@ -234,8 +234,8 @@ def _check_windows(
         if window is not None and prompt_tokens + max_new_tokens > window:
             raise DraftReportError(
                 f"the longest prompt has {prompt_tokens} tokens and --max-new-tokens is "
-                f"{max_new_tokens}, but {student.config.name_or_path} has a sliding window of {window}, "
-                f"beyond which transformers {transformers.__version__} drafts wrongly "
+                f"{max_new_tokens}, but {student.config.name_or_path} has a sliding window of "
+                f"{window} tokens, beyond which transformers {transformers.__version__} drafts wrongly "
                 "(huggingface/transformers#48280). Lower --max-new-tokens, or install a transformers "
                 "that holds that fix."
             )
