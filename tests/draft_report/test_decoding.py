@@ -104,25 +104,31 @@ def warped(probabilities: list[float], temperature: float, top_p: float) -> torc
 
 # Were the student warped twice, it would be accepted less: by .25 for T = 1/4, by .16 for top-p .8.
 @pytest.mark.parametrize(
-    ("pair", "temperature", "top_p"), [(APART, 1.0, 1.0), (NEAR, 0.25, 1.0), (APART, 1.0, 0.8)]
+    ("probabilities", "temperature", "top_p", "num_tokens"),
+    [(APART, 1.0, 1.0, 500), (NEAR, 0.25, 1.0, 500), (APART, 1.0, 0.8, 1000)],
 )
 def test_sampling_keeps_the_teachers_distribution_and_the_predicted_acceptance(
-    pair: tuple[list[float], list[float]], temperature: float, top_p: float
+    probabilities: tuple[list[float], list[float]],
+    temperature: float,
+    top_p: float,
+    num_tokens: int,
 ) -> None:
     """By Hoeffding's inequality (Azuma's for the verdicts, of which there are at most N)."""
-    teacher, student = map(memoryless, pair)
+    teacher, student = map(memoryless, probabilities)
     forget_generation_settings(teacher)
     make_draft(student, 2)
     how = decoding(temperature, max_new_tokens=100, top_p=top_p, stop_token_ids=(0,))
     with one_thread():
-        completions = [decode(teacher, student, [1, 2, 3], how, seed) for seed in range(10)]
+        completions = [
+            decode(teacher, student, [1, 2, 3], how, seed) for seed in range(num_tokens // 100)
+        ]
     tokens = torch.tensor([token for completion in completions for token in completion.ids])
     counts = total([completion.counts for completion in completions])
-    assert len(tokens) == 1000
+    assert len(tokens) == num_tokens
 
-    p, q = (warped(probabilities, temperature, top_p) for probabilities in pair)
-    allowed = math.sqrt(len(tokens) * math.log(2 * (len(p) + 1) / FALSE_ALARM) / 2)
+    p, q = (warped(probs, temperature, top_p) for probs in probabilities)
+    allowed = math.sqrt(num_tokens * math.log(2 * (len(p) + 1) / FALSE_ALARM) / 2)
     observed = torch.bincount(tokens, minlength=len(p))
-    assert float((observed - len(tokens) * p).abs().max()) < allowed
+    assert float((observed - num_tokens * p).abs().max()) < allowed
     acceptance = float(torch.minimum(p, q).sum())
     assert abs(counts.accepted - acceptance * counts.verified) < allowed
