@@ -6,15 +6,17 @@ Heavy imports stay inside the functions, or every `axolotl` command would pay fo
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from axolotl_skd.draft_report.options import ReportOptions
 from axolotl_skd.evaluation.score_files import METRICS
 
 
 @click.group()
 def skd() -> None:
-    """Speculative Knowledge Distillation: keys, data, bundled files, scores."""
+    """Speculative Knowledge Distillation: keys, data, bundled files, scores, draft models."""
 
 
 @skd.command()
@@ -95,3 +97,78 @@ def score(
     except (ValueError, ImportError, CometUnavailableError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(as_json(scores) if as_json_line else as_text(scores))
+
+
+_DEFAULTS = ReportOptions()
+
+
+@skd.command()
+@click.argument("config", type=_FILE)
+@click.option("--prompts", type=_FILE, help="Chat rows (.jsonl), or text, one prompt a line.")
+@click.option("--task", help="Bundled task whose questions are the prompts.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=_DEFAULTS.limit,
+    show_default=True,
+    help="Prompts.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Default the config's.")
+@click.option("--num-draft-tokens", type=click.IntRange(min=1), help="Default the config's, or 5.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0, min_open=True),
+    default=_DEFAULTS.temperature,
+    show_default=True,
+    help="Of the sampled run.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=_DEFAULTS.top_p,
+    show_default=True,
+    help="Of the sampled run.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=_DEFAULTS.repeats,
+    show_default=True,
+    help="Timed passes over the prompts.",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Of the samples; default the config's.")
+@click.option("--json", "as_json_line", is_flag=True, help="One line of JSON instead of a table.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Also JSON there.")
+def speedup(config: Path, as_json_line: bool, output: Path | None, **options: Any) -> None:
+    """Speculative decoding of CONFIG's teacher with its student as the draft.
+
+    Before and after distillation, greedy and sampled: acceptance, tokens per teacher call, and speed
+    against the teacher alone, with transformers' assisted generation. Without --prompts or --task
+    the prompts are those of the config's validation rows, or else of its training rows.
+    """
+    import json
+
+    from axolotl_skd.data_checks import DataError
+    from axolotl_skd.draft_report.command import draft_report
+    from axolotl_skd.draft_report.errors import DraftReportError
+    from axolotl_skd.preflight import ConfigConflictError
+    from axolotl_skd.rollout.lm import UnsupportedModelError
+    from axolotl_skd.teacher import TeacherError
+    from axolotl_skd.vocabulary import VocabularyError
+
+    refusals = (
+        DraftReportError,
+        ConfigConflictError,
+        DataError,
+        TeacherError,
+        UnsupportedModelError,
+        VocabularyError,
+    )
+    try:
+        report = draft_report(config, ReportOptions(**options))
+    except refusals as error:
+        raise click.ClickException(str(error)) from error
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+    click.echo(json.dumps(report.as_json()) if as_json_line else report.as_text())
