@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ Backend = Literal["hf", "vllm"]
 
 # What vLLM accepts as `max_lora_rank`.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class ModelNotFoundError(ValueError):
@@ -73,7 +74,7 @@ def saved_model(name: str, device: str, trust_remote_code: bool = False) -> Eval
     Raises:
         ModelNotFoundError
     """
-    source = str(Path(name).expanduser())
+    source = os.path.expanduser(name)
     _check_exists(source)
     if _find(source, "adapter_config.json") is None:
         if Path(source).is_dir() and _find(source, "config.json") is None:

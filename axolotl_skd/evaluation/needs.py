@@ -11,11 +11,11 @@ from importlib.util import find_spec
 from axolotl_skd.evaluation.benchmarks import BENCHMARKS
 from axolotl_skd.evaluation.comet import CometCheckpointError, CometUnavailableError, comet_scores
 from axolotl_skd.evaluation.data_sources import (
-    DATA_VARIABLE,
     DataSource,
     DataUnavailableError,
     local_folder,
 )
+from axolotl_skd.evaluation.models import Backend
 from axolotl_skd.evaluation.tasks import leaf_tasks
 
 _PREFIX = "skd_"
@@ -44,6 +44,29 @@ def check_needs(names: Iterable[str]) -> None:
     problems = [*_missing_packages(tasks), *_missing_files(tasks)]
     if problems:
         raise MissingForEvaluationError("\n".join(problems))
+
+
+def check_backend(backend: Backend) -> None:
+    """Refuse vLLM where it cannot run.
+
+    Raises:
+        MissingForEvaluationError
+    """
+    if backend != "vllm":
+        return
+    # lm-eval's wrapper imports both at its top.
+    missing = [name for name in ("vllm", "ray") if find_spec(name) is None]
+    if missing:
+        raise MissingForEvaluationError(
+            f"the backend vllm needs what is not installed here: pip install {' '.join(missing)} (in "
+            "an environment that keeps Axolotl's torch), or use the backend hf."
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MissingForEvaluationError(
+            "the backend vllm needs a GPU, and torch sees none here. Use the backend hf."
+        )
 
 
 def fetch_from_hub(names: Iterable[str]) -> list[str]:

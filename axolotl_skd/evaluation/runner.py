@@ -81,7 +81,12 @@ def lm_eval_command(
     command = [sys.executable, "-m", "lm_eval", "run"]
     # As JSON, because in the key=value form a comma or brace in a path ends the value, and a model
     # named by a number becomes one.
-    command += ["--model", settings.backend, "--model_args", json.dumps(_model_args(model, settings))]
+    command += [
+        "--model",
+        settings.backend,
+        "--model_args",
+        json.dumps(_model_args(model, settings)),
+    ]
     command += ["--include_path", str(resource_path("evals")), "--tasks", ",".join(tasks)]
     if settings.backend == "vllm":
         # It fills the batch by itself, and takes the first visible GPU.
