@@ -23,6 +23,8 @@ from axolotl_skd.evaluation.results import RESULTS_FILE, recorded_table, results
 from axolotl_skd.evaluation.runner import run_tasks
 
 _SUFFIXES = (".yml", ".yaml")
+_MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+_ADAPTER_WEIGHTS = ("adapter_model*.safetensors", "adapter_model*.bin")
 
 
 class EvalCommandError(ValueError):
@@ -149,12 +151,13 @@ def _settings(
 
 
 def _check_trained(cfg: Mapping[str, Any]) -> None:
+    """By the weights: Axolotl writes the configurations when training begins."""
     folder = Path(cfg["output_dir"])
-    needed = "adapter_config.json" if cfg.get("adapter") else "config.json"
-    if not (folder / needed).is_file():
+    names = _ADAPTER_WEIGHTS if cfg.get("adapter") else _MODEL_WEIGHTS
+    if not any(path for name in names for path in folder.glob(name)):
         raise EvalCommandError(
-            f"nothing has been trained yet: output_dir {folder} has no {needed}. --start evaluates "
-            f"the untrained base model; a checkpoint can be named itself: axolotl skd eval "
+            f"nothing has been trained yet: output_dir {folder} has no {' or '.join(names)}. --start "
+            "evaluates the untrained base model; a checkpoint can be named itself: axolotl skd eval "
             f"{folder}/checkpoint-N --tasks ..."
         )
 

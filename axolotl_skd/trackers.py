@@ -63,9 +63,12 @@ class TrackedScores(TrainerCallback):
         for tracker in self._trackers:
             with suppress(Exception):  # what is not known is said when it is needed
                 self._run[type(tracker)] = _run_of(tracker)
+        scores = self._start()
+        if not scores:
+            return
         before = copy.copy(state)
-        before.global_step = 0
-        for tracker in self._trackers if (scores := self._start()) else ():
+        before.global_step = 0  # also where a run is resumed
+        for tracker in self._trackers:
             self._hand_over(tracker, scores, before)
 
     def log_end(self, scores: TaskMetrics) -> None:

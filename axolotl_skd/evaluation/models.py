@@ -77,7 +77,7 @@ def saved_model(name: str, device: str, trust_remote_code: bool = False) -> Eval
     source = os.path.expanduser(name)
     _check_exists(source)
     if _find(source, "adapter_config.json") is None:
-        if Path(source).is_dir() and _find(source, "config.json") is None:
+        if os.path.isdir(source) and _find(source, "config.json") is None:
             raise ModelNotFoundError(
                 f"{source} has neither config.json (a model) nor adapter_config.json (an adapter)."
             )
@@ -101,7 +101,7 @@ def saved_model(name: str, device: str, trust_remote_code: bool = False) -> Eval
 
 
 def _check_exists(name: str, hint: str = "") -> None:
-    if not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
+    if not os.path.isdir(name) and not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(
             f"{name!r} is neither a folder here ({Path.cwd()}) nor a hub id (`name` or "
             f"`owner/name`).{hint}"
@@ -140,7 +140,7 @@ def vllm_lora_rank(config: Mapping[str, Any]) -> int:
 
 def _find(source: str, file: str) -> Path | None:
     """A file of a folder, or of a hub repository (fetched); None if it has none."""
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         path = Path(source, file)
         return path if path.is_file() else None
     from huggingface_hub import hf_hub_download
@@ -151,4 +151,6 @@ def _find(source: str, file: str) -> Path | None:
     except EntryNotFoundError:  # also where there is no network and the cache lacks the file
         return None
     except RepositoryNotFoundError as error:
-        raise ModelNotFoundError(f"{source} is no folder here and no model on the hub.") from error
+        raise ModelNotFoundError(
+            f"{source} is no folder here and no model on the hub, or one without access to it."
+        ) from error
