@@ -133,7 +133,7 @@ def test_the_start_needs_no_training(
         "datasets": [{"path": "no/such/data", "type": "chat_template"}],
         "chat_template": "chatml",
         **{"micro_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-3},
-        **{"num_epochs": 1, "bf16": False},
+        "num_epochs": 1,
     }
     new = tmp_path / "new"
     path = write(config)
