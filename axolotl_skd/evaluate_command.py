@@ -68,7 +68,7 @@ def evaluate_config(
     distillation = read_distillation(cfg)
     configured = distillation.eval if distillation is not None else None
     settings = _settings(configured.model_dump() if configured else {}, overrides, device)
-    device = device or _default_device()
+    device = _device(device)
     if start:
         _save_tokenizer(path, cfg)
         model = untrained_model(cfg, device)
@@ -108,7 +108,7 @@ def evaluate_model(
         ValueError, MissingForEvaluationError, EvaluationError: as the evaluation itself.
     """
     settings = _settings({}, overrides, device)
-    model: EvalModel = saved_model(name, device or _default_device(), trust_remote_code)
+    model: EvalModel = saved_model(name, _device(device), trust_remote_code)
     results = run_tasks(model, eval_settings(settings, log_samples), tasks=settings.tasks)
     table = results_table(results)
     if output is None:
@@ -179,6 +179,13 @@ def _save_tokenizer(path: Path, cfg: Mapping[str, Any]) -> None:
     load_tokenizer(whole).save_pretrained(cfg["output_dir"])
 
 
-def _default_device() -> str:
+def _device(name: str | None) -> str:
+    """`name` if there is such a device (lm-eval would take another one), else the first there is."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else accelerator.type
+    present = ["cpu"]
+    if accelerator is not None:
+        indices = range(torch.accelerator.device_count())
+        present = [accelerator.type, *(f"{accelerator.type}:{i}" for i in indices), "cpu"]
+    if name is not None and name not in present:
+        raise EvalCommandError(f"--device {name} is not there. Take one of: {', '.join(present)}.")
+    return name or present[0]

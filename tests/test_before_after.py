@@ -229,6 +229,15 @@ def test_a_broken_results_file_is_refused_before_the_work(
     assert len(runs.made) == 1
 
 
+def test_a_broken_results_file_is_found_before_the_work_after_training_too(
+    runs: Runs, cfg: dict[str, Any]
+) -> None:
+    save_tokenizer(Path(cfg["output_dir"]))
+    (Path(cfg["output_dir"]) / "eval_results.json").write_text("{")
+    assert evaluate_end(cfg, settings()) is None
+    assert runs.made == []
+
+
 @pytest.mark.parametrize("error", [EvaluationError("out of memory"), OSError("disk full")])
 def test_a_failure_after_training_is_logged_with_the_command(
     runs: Runs, cfg: dict[str, Any], error: Exception, monkeypatch: pytest.MonkeyPatch

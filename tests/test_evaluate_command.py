@@ -185,6 +185,7 @@ def test_configurations_without_weights_are_no_trained_model(
         (["--limit", "0"], "not in the range"),
         (["--trust-remote-code"], "is for a model"),
         (["--backend", "vllm", "--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"),
+        (["--device", "cuda:99"], "--device cuda:99 is not there. Take one of: "),
     ],
 )
 def test_options_that_do_not_do(

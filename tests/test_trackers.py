@@ -63,6 +63,17 @@ def test_tensorboard_has_both_in_one_run(tmp_path: Path, warnings: list[str]) ->
     assert warnings == []
 
 
+def test_the_start_is_at_step_zero_of_a_resumed_run_too(tmp_path: Path) -> None:
+    training = Training(tmp_path, TensorBoardCallback())
+    training.state.global_step = 4
+    training.run()
+    (run,) = (tmp_path / "runs").iterdir()
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert [e.step for e in events.Scalars("eval/arith/acc")] == [0]
+    assert training.state.global_step == 7
+
+
 def test_wandb_has_them_in_the_run_that_is_still_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
 ) -> None:
