@@ -54,7 +54,7 @@ def check_backend(backend: Backend) -> None:
     """
     if backend != "vllm":
         return
-    # lm-eval's wrapper imports both at its top.
+    # The wrapper of lm-eval 0.4.11 imports both at its top.
     missing = [name for name in ("vllm", "ray") if find_spec(name) is None]
     if missing:
         raise MissingForEvaluationError(
