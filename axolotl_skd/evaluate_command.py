@@ -17,7 +17,7 @@ from axolotl_skd.before_after import (
     untrained_model,
 )
 from axolotl_skd.config import EvalConfig, read_distillation
-from axolotl_skd.evaluation.models import EvalModel, saved_model
+from axolotl_skd.evaluation.models import saved_model
 from axolotl_skd.evaluation.needs import check_backend, check_needs
 from axolotl_skd.evaluation.results import RESULTS_FILE, recorded_table, results_table
 from axolotl_skd.evaluation.runner import run_tasks
@@ -108,7 +108,7 @@ def evaluate_model(
         ValueError, MissingForEvaluationError, EvaluationError: as the evaluation itself.
     """
     settings = _settings({}, overrides, device)
-    model: EvalModel = saved_model(name, _device(device), trust_remote_code)
+    model = saved_model(name, _device(device), trust_remote_code)
     results = run_tasks(model, eval_settings(settings, log_samples), tasks=settings.tasks)
     table = results_table(results)
     if output is None:

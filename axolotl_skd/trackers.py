@@ -124,7 +124,7 @@ def _run_of(tracker: TrainerCallback) -> str:
 
 
 def _flat(scores: TaskMetrics) -> dict[str, float]:
-    """`eval_<task>/<metric>`, which the trackers turn into `eval/<task>/<metric>`."""
+    """`eval_<task>/<metric>`, which most trackers turn into `eval/<task>/<metric>`."""
     return {
         f"eval_{task}/{metric}": value
         for task, metrics in scores.items()
