@@ -16,7 +16,7 @@ from axolotl_skd.evaluation.score_files import METRICS
 
 @click.group()
 def skd() -> None:
-    """Speculative Knowledge Distillation: keys, data, bundled files, scores, draft models."""
+    """Speculative Knowledge Distillation: keys, data, bundled files, evaluation, scores, drafts."""
 
 
 @skd.command()
@@ -61,6 +61,77 @@ def to_chat(
     except ConversionError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{count} rows written to {target}")
+
+
+@skd.command("eval")
+@click.argument("target", metavar="CONFIG_OR_MODEL")
+@click.option("--tasks", help="Bundled tasks, comma-separated; needed for a model.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many documents.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Documents generated at a time.")
+@click.option("--apply-chat-template/--no-apply-chat-template", default=None)
+@click.option("--backend", type=click.Choice(["hf", "vllm"]), help="What generates; default hf.")
+@click.option("--device", help="cpu, cuda, cuda:1, ...; default the first accelerator, if any.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Results as JSON.")
+@click.option(
+    "--log-samples",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for every question, answer and verdict (lm-eval's samples_*.jsonl).",
+)
+@click.option("--start", is_flag=True, help="Config: the untrained base model instead.")
+@click.option("--output-dir", help="Config: in place of its output_dir.")
+@click.option("--trust-remote-code", is_flag=True, help="Model: run code that comes with it.")
+def evaluate(
+    target: str,
+    tasks: str | None,
+    limit: int | None,
+    batch_size: int | None,
+    apply_chat_template: bool | None,
+    backend: str | None,
+    device: str | None,
+    output: Path | None,
+    log_samples: Path | None,
+    start: bool,
+    output_dir: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Evaluate with the bundled tasks: what a CONFIG trained, or any model.
+
+    A YAML: what is saved in its output_dir (an adapter on its base model), with the settings of
+    distillation.eval where no option says otherwise; recorded in eval_results.json. A folder or hub
+    id: that model; a PEFT adapter on its base model.
+    """
+    from axolotl_skd.evaluate_command import evaluate_config, evaluate_model, is_config
+    from axolotl_skd.evaluation.needs import MissingForEvaluationError
+    from axolotl_skd.evaluation.runner import EvaluationError
+
+    given = {
+        "tasks": tasks and [name.strip() for name in tasks.split(",")],
+        "limit": limit,
+        "batch_size": batch_size,
+        "apply_chat_template": apply_chat_template,
+        "backend": backend,
+    }
+    overrides = {key: value for key, value in given.items() if value is not None}
+    common = {"device": device, "output": output, "log_samples": log_samples}
+    config = is_config(target)
+    _refuse({"--trust-remote-code": trust_remote_code} if config else {}, "a model", target)
+    _refuse({} if config else {"--start": start, "--output-dir": output_dir}, "a config", target)
+    try:
+        if config:
+            table = evaluate_config(
+                Path(target), overrides, start=start, output_dir=output_dir, **common
+            )
+        else:
+            table = evaluate_model(target, overrides, trust_remote_code=trust_remote_code, **common)
+    except (ValueError, MissingForEvaluationError, EvaluationError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(table)
+
+
+def _refuse(options: dict[str, object], needs: str, target: str) -> None:
+    for name, value in options.items():
+        if value:
+            raise click.UsageError(f"{name} is for {needs}, and {target} is none.")
 
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

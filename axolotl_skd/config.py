@@ -325,7 +325,15 @@ class EvalConfig(_Block):
 
     tasks: tuple[str, ...] = Field(..., min_length=1, description="Bundled lm-eval tasks to run.")
     limit: int | None = Field(None, ge=1, description="Only the first so many documents per task.")
-    batch_size: int = Field(8, ge=1, description="Documents generated at a time.")
+    batch_size: int = Field(
+        8, ge=1, description="Documents generated at a time (`hf`; vLLM batches by itself)."
+    )
+    apply_chat_template: bool = Field(
+        True, description="Ask in the student's chat template, as one user turn."
+    )
+    backend: Literal["hf", "vllm"] = Field(
+        "hf", description="What lm-eval generates with: transformers, or vLLM (unmeasured)."
+    )
     at: tuple[Literal["start", "end"], ...] = Field(
         ("start", "end"), description="Before training, after it, or both."
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from axolotl_skd.resources import resource_path
 
@@ -50,6 +51,7 @@ def config(tmp_path: Path) -> dict:
 
 
 def test_the_embedded_example_from_start_to_end_and_again(config: dict, tmp_path: Path) -> None:
+    config["use_tensorboard"] = True
     first = axolotl_train(config, tmp_path / "config.yml")
     assert first.returncode == 0, first.stdout[-6000:]
     assert "distillation, 3 steps: method: skd" in first.stdout
@@ -66,6 +68,13 @@ def test_the_embedded_example_from_start_to_end_and_again(config: dict, tmp_path
     for stage in ("start", "end"):
         assert 0 <= results[stage]["skd_tiny_arithmetic"]["acc"] <= 1
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+    (run,) = (tmp_path / "out" / "runs").iterdir()
+    events = EventAccumulator(str(run))
+    events.Reload()
+    tracked = [(e.step, e.value) for e in events.Scalars("eval/skd_tiny_arithmetic/acc")]
+    scores = [results[stage]["skd_tiny_arithmetic"]["acc"] for stage in ("start", "end")]
+    assert tracked == [(0, scores[0]), (3, scores[1])]
 
     config["distillation"].pop("eval")
     second = axolotl_train(config, tmp_path / "config.yml")

@@ -137,6 +137,7 @@ def test_counts_are_whole_and_at_least_1(key: str, value: Any) -> None:
         ({"eval": {"tasks": ["a"], "limit": 0}}, "eval.limit"),
         ({"eval": {"tasks": ["a"], "batch_size": 0}}, "eval.batch_size"),
         ({"eval": {"tasks": ["a"], "at": ["middle"]}}, "eval.at"),
+        ({"eval": {"tasks": ["a"], "backend": "sglang"}}, "eval.backend"),
     ],
 )
 def test_other_values_out_of_bounds_are_refused_where_they_stand(keys: Any, where: str) -> None:

@@ -71,5 +71,6 @@ print(axolotl_skd.SKDPlugin.__module__)
     tasks = " ".join(available_tasks())
     assert f"{package / 'evals'} {package / 'example_configs'} {tasks}" in lines
     assert (package / "evals" / "skd_math" / "_boxed_answer").is_file()
-    assert "axolotl.cli_commands ['keys', 'path', 'score', 'speedup', 'to-chat']" in lines
+    commands = ["eval", "keys", "path", "score", "speedup", "to-chat"]
+    assert f"axolotl.cli_commands {commands}" in lines
     assert "axolotl_skd.plugin" in lines

@@ -106,7 +106,10 @@ def paper_distillation(task: Task, family: Family, stage: Stage) -> str:
     settings = {
         "max_prompt_tokens": (task.max_prompt_tokens, "lengths: appendix C"),
         "max_new_tokens": (task.max_new_tokens,),
-        "num_draft_tokens": ("auto", "sets the speed, not the tokens; the paper drafts 5 (section 3.2)"),
+        "num_draft_tokens": (
+            "auto",
+            "sets the speed, not the tokens; the paper drafts 5 (section 3.2)",
+        ),
         "teacher_top_k": (25, "section 4"),
         "student_temperature": (0.5, "temperatures and top-p: appendix C"),
         "student_top_p": (0.5,),
