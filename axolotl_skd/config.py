@@ -20,10 +20,13 @@ from pydantic import (
     model_validator,
 )
 
-from axolotl_skd.methods import LossRecipe, Method, get_method
+from axolotl_skd.methods import LossRecipe, Method, Share, get_method
 from axolotl_skd.rollout.types import Source
 
 PAPER_TOP_K = 25
+
+# Keys of `loss` that belong to some divergences only.
+_KEYS_OF_DIVERGENCES = {"jsd_beta": ("jsd",), "skew_alpha": ("skew_kl", "skew_reverse_kl")}
 
 
 class _Block(BaseModel):
@@ -387,7 +390,15 @@ class EvalConfig(_Block):
 
     tasks: tuple[str, ...] = Field(..., min_length=1, description="Bundled lm-eval tasks to run.")
     limit: int | None = Field(None, ge=1, description="Only the first so many documents per task.")
-    batch_size: int = Field(8, ge=1, description="Documents generated at a time.")
+    batch_size: int = Field(
+        8, ge=1, description="Documents generated at a time (`hf`; vLLM batches by itself)."
+    )
+    apply_chat_template: bool = Field(
+        True, description="Ask in the student's chat template, as one user turn."
+    )
+    backend: Literal["hf", "vllm"] = Field(
+        "hf", description="What lm-eval generates with: transformers, or vLLM (unmeasured)."
+    )
     at: tuple[Literal["start", "end"], ...] = Field(
         ("start", "end"), description="Before training, after it, or both."
     )
@@ -448,7 +459,13 @@ class Distillation(_Block):
                 f"distillation.gate compares the student with the teacher, but method {self.method!r} "
                 "learns from tokens alone. Remove the gate, or use a method whose loss is a divergence."
             )
+        self._check_loss_shape()
         self._check_weights()
+        if self.lmbda != 0.5 and self.method_row.share is Share.HALF:
+            raise ValueError(
+                f"distillation.lmbda is {self.lmbda:g}, but method {self.method!r} tosses a fair coin. "
+                "Remove it, or use method: gkd (with loss.divergence: forward_kl for the same loss)."
+            )
         rollout = self.rollout
         greedy = self.seqkd.decoding == "greedy"
         if greedy and self.method_row.source is not Source.TEACHER:
@@ -467,6 +484,33 @@ class Distillation(_Block):
                 f"but method {self.method!r} samples none. Remove them."
             )
         return self
+
+    def _check_loss_shape(self) -> None:
+        """Refuse what would look as if it shaped the loss.
+
+        At its default a key may stay, so that a config changes its method by `method:` alone.
+        """
+        loss = self.loss
+        if self.method_row.loss is LossRecipe.CROSS_ENTROPY:
+            set_keys = [
+                key
+                for key in ("divergence", "jsd_beta", "skew_alpha", "loss_temperature")
+                if getattr(loss, key) != LossConfig.model_fields[key].default
+            ]
+            if set_keys:
+                raise ValueError(
+                    f"distillation.loss.{set_keys[0]} is {getattr(loss, set_keys[0])}, but method "
+                    f"{self.method!r} has no divergence: it learns from tokens by cross-entropy. "
+                    f"Remove {', '.join(set_keys)}, or use a method whose loss is a divergence."
+                )
+        for key, users in _KEYS_OF_DIVERGENCES.items():
+            value = getattr(loss, key)
+            if value != LossConfig.model_fields[key].default and self.divergence not in users:
+                raise ValueError(
+                    f"distillation.loss.{key} is {value:g}, but the divergence is {self.divergence} "
+                    f"(method {self.method!r}), which does not read it. Remove it, or set "
+                    f"loss.divergence: {' or '.join(users)}."
+                )
 
     def _check_weights(self) -> None:
         loss, method = self.loss, self.method_row

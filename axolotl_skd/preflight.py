@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from axolotl.utils.logging import get_logger
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from axolotl_skd.config import Distillation
-from axolotl_skd.evaluation.tasks import check_tasks
 from axolotl_skd.prompts import DATASET_TYPE
 from axolotl_skd.rollout.attention import rollout_attention
 from axolotl_skd.rollout.types import SamplingParams, Source
@@ -74,20 +73,6 @@ def check_block_is_there(raw: Mapping[str, Any]) -> None:
         "plugins: names axolotl_skd.SKDPlugin, but the config has no distillation: block, so this is "
         "plain fine-tuning."
     )
-
-
-def check_eval_tasks(names: Sequence[str]) -> None:
-    """Refuse tasks that are not bundled.
-
-    Raises:
-        ConfigConflictError: names the nearest.
-    """
-    try:
-        check_tasks(names)
-    except ValueError as error:
-        raise ConfigConflictError(
-            f"distillation.eval.tasks: {error} Only the bundled tasks can be run from the config."
-        ) from None
 
 
 def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:

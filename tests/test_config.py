@@ -137,6 +137,7 @@ def test_counts_are_whole_and_at_least_1(key: str, value: Any) -> None:
         ({"eval": {"tasks": ["a"], "limit": 0}}, "eval.limit"),
         ({"eval": {"tasks": ["a"], "batch_size": 0}}, "eval.batch_size"),
         ({"eval": {"tasks": ["a"], "at": ["middle"]}}, "eval.at"),
+        ({"eval": {"tasks": ["a"], "backend": "sglang"}}, "eval.backend"),
     ],
 )
 def test_other_values_out_of_bounds_are_refused_where_they_stand(keys: Any, where: str) -> None:
@@ -272,6 +273,60 @@ def test_cross_entropy_needs_ground_truth(method: str) -> None:
 @pytest.mark.parametrize("method", ["sft", "seqkd"])
 def test_there_is_nothing_to_mix_into_a_cross_entropy(method: str, loss: dict[str, float]) -> None:
     assert f"method {method!r} has cross-entropy alone" in refusal(method=method, loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("divergence", "forward_kl"),
+        ("jsd_beta", 0.3),
+        ("skew_alpha", 0.2),
+        ("loss_temperature", 2.0),
+    ],
+)
+@pytest.mark.parametrize("method", ["sft", "seqkd"])
+def test_a_cross_entropy_has_no_divergence_to_shape(method: str, key: str, value: Any) -> None:
+    message = refusal(method=method, loss={key: value})
+    assert f"loss.{key} is {value}, but method {method!r} has no divergence" in message
+    assert f"Remove {key}, or use" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "words"),
+    [
+        ("skd", {"jsd_beta": 0.3}, "the divergence is forward_kl (method 'skd')"),
+        ("gkd", {"jsd_beta": 0.3, "divergence": "reverse_kl"}, "set loss.divergence: jsd."),
+        ("gkd", {"skew_alpha": 0.2}, "set loss.divergence: skew_kl or skew_reverse_kl."),
+    ],
+)
+def test_a_key_of_another_divergence_is_refused(
+    method: str, loss: dict[str, Any], words: str
+) -> None:
+    assert words in refusal(method=method, loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [
+        ("gkd", {"jsd_beta": 0.3}),
+        ("skd", {"jsd_beta": 0.3, "divergence": "jsd"}),
+        ("skd", {"skew_alpha": 0.2, "divergence": "skew_reverse_kl"}),
+        ("skd", {"loss_temperature": 2.0}),
+        ("sft", {"jsd_beta": 0.5, "skew_alpha": 0.1, "loss_temperature": 1.0}),
+    ],
+)
+def test_a_key_of_the_loss_in_use_or_at_its_default_may_stay(
+    method: str, loss: dict[str, Any]
+) -> None:
+    assert distillation(method=method, loss=loss).loss == LossConfig(**loss)
+
+
+def test_a_fair_coin_has_no_other_share() -> None:
+    message = refusal(method="imitkd", lmbda=0.3)
+    assert "lmbda is 0.3, but method 'imitkd' tosses a fair coin" in message
+    # What belongs to other methods altogether stays out of the way of a change of `method:`.
+    for method in METHODS.keys() - {"imitkd"}:
+        assert distillation(method=method, lmbda=0.3, switch_at=0.2).lmbda == 0.3
 
 
 @pytest.mark.parametrize("loss", [{"ce_weight": -0.5}, {"kd_weight": 0}])
