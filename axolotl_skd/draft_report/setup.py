@@ -140,6 +140,11 @@ def _distillation(cfg: Any) -> Distillation:
             f"distillation.method: {distillation.method} has no teacher to draft for. Name a method "
             "that has one, and distillation.teacher.base_model, in the config (a copy of it will do)."
         )
+    if distillation.teacher.student_base:
+        raise DraftReportError(
+            "distillation.teacher.student_base: the teacher is the student's own base, and a draft as "
+            "large as its teacher saves nothing. Name a teacher by base_model in a copy of the config."
+        )
     return distillation
 
 

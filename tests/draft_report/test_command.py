@@ -203,12 +203,17 @@ def other_tokenizer(folder: Path, tmp_path: Path) -> dict[str, Any]:
     return {"teacher": {"base_model": str(tmp_path / "other")}}
 
 
+def own_base(folder: Path, tmp_path: Path) -> dict[str, Any]:
+    return {"teacher": {"base_model": None, "student_base": True}, "adapter": "lora"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "arguments", "message"),
     [
         ({"method": "sft"}, (), "distillation.method: sft has no teacher"),
         (other_tokenizer, (), "distillation.teacher.base_model of the student's family"),
         ({"teacher": {"base_model": "./nowhere"}}, (), "distillation.teacher.base_model: "),
+        (own_base, (), "distillation.teacher.student_base: the teacher is the student's own base"),
         ({"teacher": {"device": "cuda:9"}}, (), "distillation.teacher.device: cuda:9"),
         ({}, ("--max-new-tokens", "250"), "has 256 positions. Lower --max-new-tokens"),
         ({}, ("--task", "skd_tiny_arithmetic"), "--prompts and --task are both given"),
