@@ -18,7 +18,7 @@ import torch
 from axolotl.utils.logging import get_logger
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from axolotl_skd.config import EvalConfig
+from axolotl_skd.config_blocks import EvalConfig
 from axolotl_skd.evaluation.data_sources import local_folder
 from axolotl_skd.evaluation.models import EvalModel, EvalSettings
 from axolotl_skd.evaluation.results import (

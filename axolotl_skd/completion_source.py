@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from axolotl_skd.callbacks import TopKStateCallback
-from axolotl_skd.config import Distillation, TopKTarget
+from axolotl_skd.config import Distillation
+from axolotl_skd.config_blocks import TopKTarget
 from axolotl_skd.methods import Share
 from axolotl_skd.rollout.acceptance import ACCEPTANCE_RULES
 from axolotl_skd.rollout.engine import RolloutEngine

@@ -16,7 +16,8 @@ from axolotl_skd.before_after import (
     trained_model,
     untrained_model,
 )
-from axolotl_skd.config import EvalConfig, read_distillation
+from axolotl_skd.config import read_distillation
+from axolotl_skd.config_blocks import EvalConfig
 from axolotl_skd.evaluation.models import saved_model
 from axolotl_skd.evaluation.needs import check_backend, check_needs
 from axolotl_skd.evaluation.results import RESULTS_FILE, recorded_table, results_table

@@ -9,7 +9,7 @@ from axolotl.utils.logging import get_logger
 from transformers import PreTrainedTokenizerBase
 
 from axolotl_skd.before_after import is_first_rank
-from axolotl_skd.config import EvalConfig
+from axolotl_skd.config_blocks import EvalConfig
 from axolotl_skd.evaluation.data_sources import DataUnavailableError
 from axolotl_skd.evaluation.models import vllm_lora_rank
 from axolotl_skd.evaluation.needs import (

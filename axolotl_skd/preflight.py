@@ -23,6 +23,7 @@ from axolotl_skd.teacher import (
     read_teacher_config,
     read_teacher_tokenizer,
 )
+from axolotl_skd.unread_keys import unread_keys
 from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
 
 LOG = get_logger(__name__)
@@ -58,7 +59,14 @@ def check_block_is_there(raw: Mapping[str, Any]) -> None:
     Raises:
         ConfigConflictError
     """
-    if raw.get("distillation") is not None:
+    block = raw.get("distillation")
+    if block is not None:
+        # Where nothing means that there is none, an empty block would pass for that.
+        for key in ("gate", "eval"):
+            if isinstance(block, Mapping) and key in block and block[key] is None:
+                raise ConfigConflictError(
+                    f"distillation.{key}: is there, but has no keys. Give it some, or remove it."
+                )
         return
     if "distillation" in raw:
         raise ConfigConflictError(
@@ -131,6 +139,13 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
         LOG.warning(
             "distillation.teacher is not used: method %s learns from the data set alone.",
             distillation.method,
+        )
+    unread = unread_keys(distillation)
+    if unread:
+        LOG.warning(
+            "method %s does not read these keys of distillation:, which are set: %s.",
+            distillation.method,
+            ", ".join(unread),
         )
     if distillation.teacher.student_base and not cfg.get("adapter"):
         raise ConfigConflictError(

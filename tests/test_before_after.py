@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from axolotl_skd import before_after
 from axolotl_skd.before_after import evaluate_end, evaluate_start, start_scores
-from axolotl_skd.config import EvalConfig
+from axolotl_skd.config_blocks import EvalConfig
 from axolotl_skd.evaluation.models import EvalModel, EvalSettings
 from axolotl_skd.evaluation.runner import EvaluationError
 from tests.helpers import save_tokenizer

@@ -18,9 +18,8 @@ import yaml
 from axolotl.utils.dict import DictDefault
 from pydantic import BaseModel, ValidationError
 
-from axolotl_skd.config import (
-    Distillation,
-    DistillationArgs,
+from axolotl_skd.config import Distillation, DistillationArgs, read_distillation
+from axolotl_skd.config_blocks import (
     EvalConfig,
     GateConfig,
     LossConfig,
@@ -29,7 +28,6 @@ from axolotl_skd.config import (
     TeacherConfig,
     TopKSchedule,
     TopKTarget,
-    read_distillation,
 )
 from axolotl_skd.losses.divergences import DIVERGENCES
 from axolotl_skd.losses.gates import GATES
@@ -231,7 +229,7 @@ def test_a_k_that_changes_is_refused_where_it_is_wrong(top_k: dict[str, Any], wo
 
 def test_both_quantisations_at_once_are_refused() -> None:
     message = refusal(teacher={"base_model": "t", "load_in_4bit": True, "load_in_8bit": True})
-    assert "load_in_4bit and load_in_8bit are both true: set one of them" in message
+    assert "load_in_4bit and load_in_8bit are set together: set one of them" in message
 
 
 @pytest.mark.parametrize("method", ["skd", "on_policy_kd", "supervised_kd", "seqkd"])
@@ -384,7 +382,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(keys: Any, wrong: str, near
 @pytest.mark.parametrize(
     "keys",
     [
-        {"teacher": {"base_model": "t", "adapter": "x"}},
+        {"teacher": {"base_model": "t", "sharded": True}},
         {"rollout": {"accept": "top_p"}},
     ],
 )
@@ -479,7 +477,7 @@ open(sys.argv[1], "w").write(json.dumps(answers))
 
 BAD_BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"rollout": {"teacher_topk": 3}}, "Did you mean 'teacher_top_k'?"),
-    "not implemented": ({"teacher": {"adapter": "x"}}, "unknown key 'adapter'"),
+    "not implemented": ({"teacher": {"sharded": True}}, "unknown key 'sharded'"),
     "unknown method": ({"method": "sdk"}, "Did you mean 'skd'?"),
     "bound": ({"rollout": {"student_top_p": 1.5}}, "distillation.rollout.student_top_p"),
     "no teacher": ({"teacher": {}}, "distillation.teacher.base_model is not set"),

@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 
 from axolotl_skd import evaluation_checks
-from axolotl_skd.config import EvalConfig
+from axolotl_skd.config_blocks import EvalConfig
 from axolotl_skd.evaluation import needs
 from axolotl_skd.evaluation.data_sources import DataSource, DataUnavailableError
 from axolotl_skd.evaluation_checks import check_evaluation, check_evaluation_inputs

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from axolotl_skd.config import TeacherConfig
+from axolotl_skd.config_blocks import TeacherConfig
 from axolotl_skd.draft_report.decoding import decode, forget_generation_settings, make_draft
 from axolotl_skd.draft_report.widths import cut_to_one_width, grow_to, head_width
 from axolotl_skd.teacher import load_teacher
