@@ -38,7 +38,7 @@ def raise_to_float32(model: nn.Module) -> int:
 def warn_of_lost_updates(model: nn.Module, learning_rate: float) -> None:
     """Say so where most updates of the size of the learning rate would not change a 16-bit weight.
 
-    Adam's updates have about that size, and only at its start.
+    Adam's have about that size at first, and are smaller later.
     """
     share = lost_share(model, learning_rate)
     if share > _LOST_SHARE:

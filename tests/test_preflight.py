@@ -12,7 +12,8 @@ from axolotl.utils.schemas.enums import RLType
 from transformers import LlamaConfig, MambaConfig, PreTrainedTokenizerFast
 
 from axolotl_skd import preflight
-from axolotl_skd.config import Distillation, GateConfig
+from axolotl_skd.config import Distillation
+from axolotl_skd.config_blocks import GateConfig
 from axolotl_skd.preflight import (
     ConfigConflictError,
     check_block_is_there,
