@@ -106,7 +106,7 @@ def test_scaling_follows_its_formulas() -> None:
     teacher = scaling.Model("t", 8e9, 20, 2000, 4, 50, 1000)
     device = scaling.Device(bandwidth=1e12, speed=1e15, node_link=1e11, wide_link=1e10, memory=8e10)
     step = scaling.Step(rows=2, prompt=100, completion=200, draft=2, acceptance=0.5)
-    alone = scaling.cost(student, teacher, 1, False, step, device)
+    alone = scaling.cost(student, teacher, 1, scaling.REPLICATED, step, device)
     kv = {"student": 4 * 10 * 2 * 50, "teacher": 4 * 20 * 4 * 50}
     slots = 2 * 200  # of both rows, half of their completions written
     rounds = 200 / 1.5
@@ -117,7 +117,11 @@ def test_scaling_follows_its_formulas() -> None:
     products = 8 * 1e9 * 600 + 2 * 1000 * 2000 * 400
     assert alone.training == pytest.approx(products / 1e15 + 28e9 / 1e12)
     assert alone.exchange == 0
-    spread = scaling.cost(student, teacher, 8, True, step, device)
+    packed = scaling.cost(student, teacher, 1, scaling.FOUR_BIT, step, device)
+    unpacking = (4.5e9 + 16e9) / 1e12
+    assert packed.rollout == pytest.approx(alone.rollout + (1 + rounds) * unpacking)
+    assert alone.memory - packed.memory == pytest.approx(16e9 - 4.5e9)
+    spread = scaling.cost(student, teacher, 8, scaling.SHARDED, step, device)
     gathered = 16e9 * 7 / 8 / 1e11
     assert spread.rollout == pytest.approx(2e9 / 1e12 + gathered + rounds * (2 * draft + gathered))
     assert spread.exchange == pytest.approx(7 / 8 * 8e9 / 1e11)

@@ -13,13 +13,17 @@ E = (1 - a^G) / (1 - a) tokens a round, takes
     prefill    c_s(B P) + c_t(B P)
     rollout    T / E x (G c_s(B) + c_t(B G))
     training   (8 N_s B (P + T) + 2 V H_t B T) / speed     checkpointed passes, teacher's head
-    optimizer  28 N_s / n / bandwidth                      float32 AdamW; n = 1 where nothing is sharded
+    optimizer  28 N_s / n / bandwidth                      float32 AdamW; n = 1 where `replicated`
     exchange   2 x 4 N_s / link                            gradients (rings over many GPUs)
 
 Bytes: student 16 N_s (float32 weights, gradients, two moments) + 2 N_s (its bf16 casts), teacher 2 N_t;
-caches, stored teacher states and checkpointed layer inputs in bf16. `replicated`: every GPU holds both
-models. `sharded`: the student's 16 N_s over all GPUs and the teacher over the 8 of a node; each forward
-of the teacher then takes at least 2 N_t / link, its gathering, which is overlapped with all else.
+caches, stored teacher states and checkpointed layer inputs in bf16. Where the models are:
+
+    replicated   every GPU holds both
+    4-bit        the student's 16 N_s spread over all GPUs; an nf4 teacher on each: 9/16 N_t in memory (a
+                 float32 scale per 64 weights), and each forward reads that, writes 2 N_t and reads it
+    sharded      the student's 16 N_s over all GPUs and the teacher over the 8 of a node; each forward of
+                 the teacher takes at least 2 N_t / link, its gathering, overlapped with all else
 
 Left out: attention's own products, sampling, launch overhead, ragged lengths, the input pipeline.
 """
@@ -34,6 +38,8 @@ from pathlib import Path
 START, END = "<!-- scaling: begin -->", "<!-- scaling: end -->"
 COMMAND = "python evals/benchmarks/scaling.py --write README.md"
 GPUS = (1, 8, 64)
+REPLICATED, FOUR_BIT, SHARDED = PLACEMENTS = ("replicated", "4-bit", "sharded")
+NF4 = 0.5 + 4 / 64  # bytes a weight
 NODE = 8
 GIB = 2**30
 
@@ -135,20 +141,22 @@ def cost(
     student: Model,
     teacher: Model,
     gpus: int,
-    sharded: bool,
+    placement: str,
     step: Step = Step(),  # noqa: B008
     device: Device = Device(),  # noqa: B008
 ) -> Cost:
     """What the formulas at the top of this file say."""
     link = device.node_link if gpus <= NODE else device.wide_link
     shared = (gpus - 1) / gpus  # of the bytes that a collective moves, what comes from others
-    gathering = 0.0
-    if sharded:
+    gathering = unpacking = 0.0
+    if placement == SHARDED:
         among = min(gpus, NODE)
         gathering = teacher.weights * (among - 1) / among / device.node_link
+    elif placement == FOUR_BIT:
+        unpacking = (NF4 * teacher.parameters + teacher.weights) / device.bandwidth
 
     def verify(tokens: float, cache: float) -> float:
-        return max(forward(teacher, tokens, cache, device), gathering)
+        return max(forward(teacher, tokens, cache, device) + unpacking, gathering)
 
     # Rows are half written on average.
     read = step.rows * (step.prompt + step.completion / 2)
@@ -162,13 +170,17 @@ def cost(
     written = step.rows * step.completion
     products = 8 * student.parameters * trained
     products += 2 * teacher.vocabulary * teacher.hidden * written
-    parts = gpus if sharded else 1
+    parts = 1 if placement == REPLICATED else gpus
     training = products / device.speed + 28 * student.parameters / parts / device.bandwidth
     # All-reduce, or reduce-scatter and two gathers of bf16 weights: as many bytes.
     exchange = shared * 2 * 4 * student.parameters / link
 
     memory = 16 * student.parameters / parts + student.weights
-    memory += teacher.weights / (min(gpus, NODE) if sharded else 1)
+    memory += {
+        REPLICATED: teacher.weights,
+        FOUR_BIT: NF4 * teacher.parameters,
+        SHARDED: teacher.weights / min(gpus, NODE),
+    }[placement]
     caches = trained * (student.kv + teacher.kv)
     activations = trained * student.layers * student.hidden * 2
     memory += max(caches, activations) + written * teacher.hidden * 2
@@ -190,13 +202,13 @@ def table() -> str:
     ]
     for student, teacher in PAIRS:
         for gpus in GPUS:
-            for sharded in (False, True) if gpus > 1 else (False,):
-                c = cost(student, teacher, gpus, sharded)
+            for placement in PLACEMENTS if gpus > 1 else (REPLICATED, FOUR_BIT):
+                c = cost(student, teacher, gpus, placement)
                 rate = gpus * step.rows * step.completion / c.seconds
                 values = [
                     f"{student.name} <- {teacher.name}",
                     str(gpus),
-                    "sharded" if sharded else "replicated",
+                    placement,
                     *(f"{part:.2f}" for part in (c.rollout, c.training, c.exchange)),
                     f"{rate:,.0f}",
                     f"{1000 * gpus / rate:.2f}",
