@@ -20,10 +20,10 @@ Bytes: student 16 N_s (float32 weights, gradients, two moments) + 2 N_s (its bf1
 caches, stored teacher states and checkpointed layer inputs in bf16. Where the models are:
 
     replicated   every GPU holds both
-    4-bit        the student's 16 N_s spread over all GPUs; an nf4 teacher on each: 9/16 N_t in memory (a
-                 float32 scale per 64 weights), and each forward reads that, writes 2 N_t and reads it
-    sharded      the student's 16 N_s over all GPUs and the teacher over the 8 of a node; each forward of
-                 the teacher takes at least 2 N_t / link, its gathering, overlapped with all else
+    4-bit        the student's 16 N_s spread over all GPUs; an nf4 teacher on each: 9/16 N_t in memory
+                 (a float32 scale per 64 weights); a forward reads that, writes 2 N_t and reads it
+    sharded      the student's 16 N_s spread over all GPUs, the teacher over the 8 of a node; a forward
+                 of the teacher takes at least 2 N_t / link, its gathering, overlapped with all else
 
 Left out: attention's own products, sampling, launch overhead, ragged lengths, the input pipeline.
 """
