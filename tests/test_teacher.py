@@ -163,19 +163,20 @@ def test_8_bit_settings(folder: Path) -> None:
     [
         ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, Linear4bit, 0.5),
         ({"load_in_4bit": True, "bnb_4bit_use_double_quant": False}, Linear4bit, 0.5),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, Linear4bit, 0.5),
         ({"load_in_8bit": True}, Linear8bitLt, 0.1),
     ],
 )
 def test_quantised_teachers_stay_near_the_original(
-    folder: Path, keys: dict[str, bool], layer: type[nn.Module], tolerance: float
+    folder: Path, keys: dict[str, Any], layer: type[nn.Module], tolerance: float
 ) -> None:
     plain = load_teacher(teacher_config(folder, dtype="float32"), CPU)
     teacher = load_teacher(teacher_config(folder, dtype="float32", **keys), CPU)
     assert linear_types(teacher) == {layer}
     if layer is Linear4bit:
         state = teacher.model.layers[0].mlp.up_proj.weight.quant_state
-        assert state.quant_type == "nf4"
-        assert state.nested is keys["bnb_4bit_use_double_quant"]
+        assert state.quant_type == keys.get("bnb_4bit_quant_type", "nf4")
+        assert state.nested is keys.get("bnb_4bit_use_double_quant", True)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     logits, expected = teacher(IDS).logits.float(), plain(IDS).logits
     assert logits.isfinite().all()
@@ -183,9 +184,17 @@ def test_quantised_teachers_stay_near_the_original(
     assert 0 < error < tolerance
 
 
-@pytest.mark.parametrize("keys", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"load_in_4bit": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+        {"load_in_8bit": True},
+        {"torchao": "int8"},
+    ],
+)
 def test_a_quantised_teacher_verifies_a_rollout(
-    folder: Path, keys: dict[str, bool], tmp_path: Path
+    folder: Path, keys: dict[str, Any], tmp_path: Path
 ) -> None:
     student = CausalLM(save_model(tmp_path, seed=1))
     model = load_teacher(teacher_config(folder, dtype="float32", **keys), CPU)
