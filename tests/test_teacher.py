@@ -14,7 +14,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from axolotl_skd.config_blocks import TeacherConfig
 from axolotl_skd.memory import stored_bytes
@@ -420,3 +420,19 @@ def test_the_place_is_handed_on(
     teacher = load_teacher(teacher_config(folder, **keys), CPU)
     assert places == [expected]
     probe(CausalLM(teacher), "distillation.teacher.base_model")
+
+
+def test_a_multimodal_checkpoint_teaches_by_its_text_part(tmp_path: Path) -> None:
+    """Gemma 3 from 4B on comes with a vision tower, of which text needs nothing."""
+    text = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=32)
+    text |= dict(num_key_value_heads=1, intermediate_size=64, vocab_size=VOCAB_SIZE)
+    vision = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    vision |= dict(image_size=28, patch_size=14)
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    teacher = load_teacher(teacher_config(tmp_path), CPU)
+    assert type(teacher).__name__ == "Gemma3ForConditionalGeneration"
+    lm = CausalLM(teacher)
+    with rollout_mode(teacher):
+        probe(lm, "distillation.teacher.base_model")
+    assert torch.allclose(lm.logits(lm.hidden_states(IDS)), teacher(IDS).logits, atol=1e-5)
