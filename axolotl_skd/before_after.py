@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from axolotl_skd.config_blocks import EvalConfig
 from axolotl_skd.evaluation.data_sources import local_folder
 from axolotl_skd.evaluation.models import EvalModel, EvalSettings
+from axolotl_skd.evaluation.needs import needs_data
 from axolotl_skd.evaluation.results import (
     RESULTS_FILE,
     Stage,
@@ -54,13 +55,13 @@ def evaluate_start(
     if not is_first_rank():
         return
     results = Path(cfg["output_dir"]) / RESULTS_FILE
-    if not _resumes(cfg):
-        forget(results)  # of an earlier run into the same folder
+    # What is recorded of an earlier run into the same folder, or of this one's last end.
+    forget(results, [] if not _resumes(cfg) else ["start"])
     if "start" not in settings.at:
         return
     tokenizer.save_pretrained(cfg["output_dir"])
     model, run = untrained_model(cfg), eval_settings(settings)
-    tasks = _not_recorded(results, "start", settings.tasks, result_settings(model, run))
+    tasks = _not_recorded(results, "start", settings.tasks, model, run)
     if not tasks:
         LOG.info("the student was evaluated before training already: %s", results)
         return
@@ -123,8 +124,9 @@ def evaluate(
     """
     read_results(results)  # refuses a broken file before the work, not after it
     metrics = run_tasks(model, settings, tasks=tasks)
-    done = {*tasks, *leaf_tasks(tasks)}
-    record(results, stage, metrics, result_settings(model, settings), done)
+    for task in dict.fromkeys([*tasks, *leaf_tasks(tasks), *metrics]):
+        result = {task: metrics[task]} if task in metrics else {}
+        record(results, stage, result, result_settings(model, settings, task), [task])
     return metrics
 
 
@@ -151,9 +153,9 @@ def eval_settings(settings: EvalConfig, log_samples: Path | None = None) -> Eval
     )
 
 
-def result_settings(model: EvalModel, settings: EvalSettings) -> TaskSettings:
-    """What a result depends on, recorded beside it."""
-    data = local_folder()
+def result_settings(model: EvalModel, settings: EvalSettings, task: str) -> TaskSettings:
+    """What a task's result depends on, recorded beside it."""
+    data = local_folder() if needs_data(task) else None
     template = _template_digest(model) if settings.apply_chat_template else None
     return {
         "model": model.base_model,
@@ -174,11 +176,14 @@ def is_first_rank() -> bool:
 
 
 def _not_recorded(
-    results: Path, stage: Stage, tasks: Sequence[str], settings: TaskSettings
+    results: Path, stage: Stage, tasks: Sequence[str], model: EvalModel, settings: EvalSettings
 ) -> list[str]:
-    """Those of `tasks` that are not recorded, themselves and all their members, with `settings`."""
-    done = recorded_with(results, stage, settings)
-    return [task for task in tasks if not done >= {task, *leaf_tasks([task])}]
+    """Those of `tasks` that are not recorded, themselves and all their members, with these settings."""
+
+    def is_recorded(task: str) -> bool:
+        return task in recorded_with(results, stage, result_settings(model, settings, task))
+
+    return [task for task in tasks if not all(map(is_recorded, {task, *leaf_tasks([task])}))]
 
 
 def _template_digest(model: EvalModel) -> str:

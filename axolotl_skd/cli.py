@@ -105,7 +105,7 @@ def evaluate(
     from axolotl_skd.evaluation.runner import EvaluationError
 
     given = {
-        "tasks": tasks and [name.strip() for name in tasks.split(",")],
+        "tasks": tasks and [name.strip() for name in tasks.split(",") if name.strip()],
         "limit": limit,
         "batch_size": batch_size,
         "apply_chat_template": apply_chat_template,

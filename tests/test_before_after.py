@@ -148,6 +148,15 @@ def test_a_resumed_run_does_not_repeat_its_start(runs: Runs, resumed: dict[str, 
     assert runs.tasks == [[TASK, OTHER]]
 
 
+def test_a_resumed_run_forgets_its_end(runs: Runs, resumed: dict[str, Any]) -> None:
+    """Were its own to fail, the former model's would stand for it."""
+    evaluate_end(resumed, settings())
+    start(resumed, settings())
+    assert recorded(resumed) == {"start": {TASK: {"acc": 0.1}, OTHER: {"acc": 0.1}}}
+    beside = Path(resumed["output_dir"], "eval_settings.json")
+    assert json.loads(beside.read_text()).keys() == {"start"}
+
+
 def test_checkpoints_count_as_resuming_only_if_they_are_used(
     runs: Runs, cfg: dict[str, Any]
 ) -> None:
@@ -196,6 +205,16 @@ def test_a_result_of_another_model_template_or_data_is_no_result(
     for _ in range(2):
         evaluate_start(resumed, settings(), tokenizer)
     assert len(runs.made) == 4
+
+
+def test_where_data_lie_is_nothing_to_a_task_without_data(
+    runs: Runs, cfg: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(cfg, settings("skd_tiny_arithmetic", "skd_svamp"))
+    monkeypatch.setenv("SKD_DATA_DIR", str(tmp_path))
+    resumed = {**cfg, "resume_from_checkpoint": "checkpoint-1"}
+    start(resumed, settings("skd_tiny_arithmetic", "skd_svamp"))
+    assert runs.tasks[1:] == [["skd_svamp"]]
 
 
 def test_a_group_counts_with_all_its_members(runs: Runs, cfg: dict[str, Any]) -> None:

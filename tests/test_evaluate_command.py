@@ -181,7 +181,7 @@ def test_configurations_without_weights_are_no_trained_model(
     ("arguments", "message"),
     [
         (["--tasks", "skd_gsm9k"], "did you mean"),
-        (["--tasks", ","], "unknown evaluation task"),
+        (["--tasks", ","], "no tasks: give --tasks"),
         (["--limit", "0"], "not in the range"),
         (["--trust-remote-code"], "is for a model"),
         (["--backend", "vllm", "--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"),

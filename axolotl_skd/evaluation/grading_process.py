@@ -6,8 +6,9 @@ from a script, a notebook or lm-eval. Once it has loaded all libraries it forks 
 the grading, and whenever the worker dies another one, within milliseconds.
 
 The worker has the kernel kill it when a pair takes too long: too much of the processor, or twice as
-long by the clock, so that a busy machine does not change verdicts. That works in any thread of the
-parent, inside C code, and with math-verify, whose own time-outs do not.
+long by the clock, which only a machine with many times more work than cores makes the first to
+strike. That works in any thread of the parent, inside C code, and with math-verify, whose own
+time-outs do not.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def serve(seconds: float) -> None:
     os.dup2(2, 1)
     from axolotl_skd.evaluation.answers.equivalence import equivalent
 
-    equivalent("x+1", "1+x")  # loads what a first pair would have to wait for
+    equivalent("x^2+2x+1", "(x+1)^2")  # loads what a first pair would have to wait for
     signal.alarm(0)
     print(_READY, end="", file=answers, flush=True)
     while (worker := os.fork()) and os.waitpid(worker, 0)[1] != 0:

@@ -31,7 +31,6 @@ class EvalModel:
         revision: of the base model on the hub; None = the default branch.
         adapter: folder or hub id of a PEFT adapter on top of it, which is not merged.
         tokenizer: folder or hub id of the tokenizer; None = the base model's.
-        dtype: torch dtype of the weights by name; `"auto"` = as saved.
         trust_remote_code: run code that comes with the model.
     """
 
@@ -40,7 +39,6 @@ class EvalModel:
     revision: str | None = None
     adapter: str | None = None
     tokenizer: str | None = None
-    dtype: str = "auto"
     trust_remote_code: bool = False
 
 
@@ -77,9 +75,15 @@ def saved_model(name: str, device: str, trust_remote_code: bool = False) -> Eval
     source = os.path.expanduser(name)
     _check_exists(source)
     if _find(source, "adapter_config.json") is None:
-        if os.path.isdir(source) and _find(source, "config.json") is None:
+        if _find(source, "config.json") is None:
+            where = source
+            if not os.path.isdir(source):
+                where = (
+                    f"there is no folder {source} here ({Path.cwd()}), and a model of that name on the "
+                    "hub cannot be reached or"
+                )
             raise ModelNotFoundError(
-                f"{source} has neither config.json (a model) nor adapter_config.json (an adapter)."
+                f"{where} has neither config.json (a model) nor adapter_config.json (an adapter)."
             )
         return EvalModel(base_model=source, device=device, trust_remote_code=trust_remote_code)
     config = adapter_config(source)

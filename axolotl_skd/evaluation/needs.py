@@ -97,6 +97,15 @@ def why_no_comet(names: Iterable[str]) -> str | None:
     return None
 
 
+def needs_data(name: str) -> bool:
+    """Does a task, or one of a group, read data from outside?
+
+    Raises:
+        ValueError: for a task that is not bundled.
+    """
+    return any(map(_sources, leaf_tasks([name])))
+
+
 def _sources(task: str) -> tuple[DataSource, ...]:
     """By the convention that `skd_<benchmark>` reads that benchmark; a task of its own has none."""
     benchmark = BENCHMARKS.get(task.removeprefix(_PREFIX))

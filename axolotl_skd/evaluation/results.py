@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,10 +72,18 @@ def record(
     _replace(beside, {**made_with, stage: {**others, **dict.fromkeys(sorted(done), settings)}})
 
 
-def forget(path: Path) -> None:
-    """Remove the results at `path`, those of an earlier run, and their settings."""
-    path.unlink(missing_ok=True)
-    path.with_name(_SETTINGS_FILE).unlink(missing_ok=True)
+def forget(path: Path, but: Collection[Stage] = ()) -> None:
+    """Remove the results at `path` and their settings, except those of some stages.
+
+    Raises:
+        ValueError: if there is a file that is no JSON object, and something to keep.
+    """
+    for file in (path, path.with_name(_SETTINGS_FILE)):
+        kept = {stage: of for stage, of in _read(file).items() if stage in but} if but else {}
+        if kept:
+            _replace(file, kept)
+        else:
+            file.unlink(missing_ok=True)
 
 
 def recorded_with(path: Path, stage: Stage, settings: TaskSettings) -> set[str]:

@@ -110,7 +110,7 @@ def _model_args(model: EvalModel, settings: EvalSettings) -> dict[str, Any]:
         "pretrained": model.base_model,
         "revision": model.revision,
         "tokenizer": model.tokenizer,
-        "dtype": model.dtype,
+        "dtype": "auto",  # as saved
         "trust_remote_code": model.trust_remote_code or None,
     }
     if settings.backend == "vllm":

@@ -95,7 +95,6 @@ def test_models_of_the_hub(hub: Path) -> None:
         tokenizer_config={},
     )
     assert saved_model("owner/full", "cpu") == EvalModel(base_model="owner/full", device="cpu")
-    assert saved_model("owner/offline", "cpu").adapter is None
     assert saved_model("owner/adapter", "cpu") == EvalModel(
         base_model="owner/full",
         revision="v1",
@@ -105,6 +104,10 @@ def test_models_of_the_hub(hub: Path) -> None:
     )
     with pytest.raises(ModelNotFoundError, match="no model on the hub"):
         saved_model("owner/gone", "cpu")
+    with pytest.raises(
+        ModelNotFoundError, match="there is no folder owner/offline here .* the hub"
+    ):
+        saved_model("owner/offline", "cpu")
 
 
 @pytest.mark.parametrize(

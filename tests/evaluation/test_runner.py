@@ -61,7 +61,6 @@ def test_the_command_of_an_adapter_with_awkward_paths(tmp_path: Path) -> None:
         revision="v2",
         adapter="/lr=1e-4, run 2",
         tokenizer="7",
-        dtype="bfloat16",
         trust_remote_code=True,
     )
     settings = EvalSettings(
@@ -73,7 +72,7 @@ def test_the_command_of_an_adapter_with_awkward_paths(tmp_path: Path) -> None:
         "revision": "v2",
         "peft": "/lr=1e-4, run 2",
         "tokenizer": "7",
-        "dtype": "bfloat16",
+        "dtype": "auto",
         "trust_remote_code": True,
     }
     assert option(command, "--limit") == "0.5"

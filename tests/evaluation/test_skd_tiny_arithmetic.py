@@ -22,7 +22,8 @@ def utils() -> dict:
 )
 def test_grading_of_one_row(utils: dict, completion: str, acc: float, has_answer: float) -> None:
     doc = {"question": "6 * 7?", "answer": "6 * 7 = 42\n#### 42"}
-    assert utils["process_results"](doc, [completion]) == {"acc": acc, "has_answer": has_answer}
+    extracted = utils["extract"]([[completion]], [doc])
+    assert utils["process_results"](doc, extracted) == {"acc": acc, "has_answer": has_answer}
 
 
 def test_a_reference_without_an_answer_is_an_error(utils: dict) -> None:

@@ -43,6 +43,8 @@ _SPELLINGS = """
     kg kilogram kilograms kilo kilos kgs
     ton tons tonne tonnes
     ounce ounces oz
+    gb gigabyte gigabytes
+    mb megabyte megabytes
     l liter liters litre litres
     ml milliliter milliliters millilitre millilitres
     gallon gallons gal
@@ -93,7 +95,9 @@ _PREFIX = re.compile(
     r"^(?P<sign>[-+]?)\s*(?:(?:US|USD|CA|AU|C|A|HK|S|NZ)?\s*(?P<mark>[$€£¥₹])"
     r"|(?P<code>Rs\.?|USD|EUR|GBP|INR)(?=[\s\d]))\s*"
 )
-_PARENTHESES = re.compile(r"(?<=[\d)}%\s])\s*\(\s*(?P<inside>[A-Za-z][A-Za-z .,/'^{}23-]*)\)\s*$")
+_PARENTHESES = re.compile(
+    r"(?<=[\d)}%\s])(?P<gap>\s*)\(\s*(?P<inside>[A-Za-z][A-Za-z .,/'^{}23-]*)\)\s*$"
+)
 # The degrees of `\\sin 30°` belong to the argument.
 _ANGLE_FUNCTION = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _VARIABLES = re.compile(r"[abcxyz]+")
@@ -143,12 +147,26 @@ def split_unit(text: str) -> tuple[str, Unit]:
         unit: the text comes back whole.
     """
     core, front = _split_prefix(text)
-    core, words = _split_words(_PARENTHESES.sub(r" \g<inside>", core))
+    core, words = _split_words(_without_parentheses(core))
     if words is None or not (re.search(r"\d|\\", core) or read_number(core)):
         return text, Unit()
     unit = _unit([*words, *front])
-    # `5 squared` is 25, and no unit of area.
-    return (text, Unit()) if unit.measures and unit.measures[0][0] in "^/" else (core, unit)
+    return (text, Unit()) if _is_operation(words, unit) else (core, unit)
+
+
+def _without_parentheses(text: str) -> str:
+    """`9 (apples)` as `9 apples`; `3(x-2)` and `3(m)` are products and stay."""
+    match = _PARENTHESES.search(text)
+    if match is None or (re.search(r"\b[A-Za-z]\b", match["inside"]) and not match["gap"]):
+        return text
+    rest, words = _split_words(f"1 {match['inside']}")
+    return f"{text[: match.start()]} {match['inside']}" if words and rest == "1" else text
+
+
+def _is_operation(words: list[str], unit: Unit) -> bool:
+    """`5 squared` is 25 and `1/m` a fraction: neither is 5 or 1 of something."""
+    power = bool(unit.measures) and unit.measures[0].startswith("^") and not unit.nouns
+    return power or (words[:1] == ["/"] and all(len(word) == 1 for word in words))
 
 
 def _split_prefix(text: str) -> tuple[str, list[str]]:
@@ -197,7 +215,10 @@ def _is_unit(word: str, match: re.Match[str], text: str, inside: bool) -> bool:
     if lower in _NAMES or lower in _FILLERS:
         # `in` and `am` are words of a sentence, too, but then what is before them is no number.
         return True
-    return len(word) > 2 and bool(match["gap"]) and not _VARIABLES.fullmatch(word)
+    if not match["gap"] or _VARIABLES.fullmatch(word):
+        return False
+    # `a-b` is a difference. `DS` alone may be a segment, before `games` it is none.
+    return len(max(word.split("-"), key=len)) > 2 or (inside and word.isupper() and "-" not in word)
 
 
 def _unit(words: list[str]) -> Unit:
