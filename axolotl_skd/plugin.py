@@ -29,6 +29,7 @@ from axolotl_skd.preflight import (
     check_settings,
     stop_set,
 )
+from axolotl_skd.rank_checks import check_ranks, warn_of_untested
 from axolotl_skd.rollout.stop_strings import StopStrings
 from axolotl_skd.trainer import DistillationTrainer, trainer_type
 
@@ -50,6 +51,7 @@ class SKDPlugin(BasePlugin):
         if distillation is None:
             return None
         check_settings(cfg, distillation)
+        warn_of_untested(check_ranks(cfg, distillation))
         if distillation.eval is not None:
             check_eval_tasks(distillation.eval.tasks)
         if preprocess:
@@ -97,6 +99,7 @@ class SKDPlugin(BasePlugin):
             trainer,
             distillation,
             preflight,
+            check_ranks(cfg, distillation),
             seed=cfg.seed or 0,
             sequence_len=cfg.sequence_len,
             prepared_path=Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH),

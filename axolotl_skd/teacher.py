@@ -132,12 +132,13 @@ def _torchao_weights(kind: str) -> Any:
     }[kind]()
 
 
-def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel:
+def load_teacher(config: TeacherConfig, device: torch.device | None) -> PreTrainedModel:
     """Load the teacher, frozen and in evaluation mode.
 
     Args:
         config: `distillation.teacher`.
-        device: where to put it unless the config says otherwise.
+        device: where to put it unless the config says otherwise; None leaves that to ZeRO-3, which
+            spreads every model while it is loaded.
 
     Returns:
         the causal LM; with an adapter, the one inside it, whose layers have the adapter in them.
@@ -145,7 +146,7 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel
     Raises:
         TeacherError: its weights or its adapter's cannot be read.
     """
-    quantization = quantization_config(config)
+    quantization, place = quantization_config(config), config.device or device
     arguments = _hub_arguments(config)
     if config.attn_implementation:
         arguments["attn_implementation"] = config.attn_implementation
@@ -156,7 +157,7 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel
             config.base_model,
             output_loading_info=True,
             dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
-            device_map=config.device_map or {"": config.device or device},
+            device_map=config.device_map or (place and {"": place}),
             **arguments,
         )
     except torch.OutOfMemoryError:

@@ -35,10 +35,12 @@ def main() -> None:
         source.complete = watched
 
     trainer = run_training(config, output_dir / f"rank{rank}", watch)
+    with trainer.distiller.at_hand.student():
+        trained = weights(trainer)
     torch.save(
         {
             "rows": rows,
-            "weights": weights(trainer),
+            "weights": trained,
             "log": trainer.state.log_history,
             "processes": trainer.accelerator.num_processes,
         },
