@@ -116,12 +116,14 @@ def zero3_at_hand(
 
     The head's gradient reaches DeepSpeed through the hook on its parameter, whole, as from a layer.
     """
-    from deepspeed.zero import GatheredParameters
+    import deepspeed  # an extra of Axolotl's
+
+    gathered = deepspeed.zero.GatheredParameters
 
     @contextmanager
     def student_at_hand() -> Iterator[None]:
         engine = wrapped()  # before training begins the model itself, which has no hooks
-        with GatheredParameters(list(student.parameters())):
+        with gathered(list(student.parameters())):
             remove_hooks(engine)
             try:
                 yield
@@ -136,8 +138,8 @@ def zero3_at_hand(
 
     return AtHand(
         student=student_at_hand,
-        teacher=lambda: GatheredParameters(parameters(teacher)),
-        heads=lambda: GatheredParameters(head(student) + head(teacher)),
+        teacher=lambda: gathered(parameters(teacher)),
+        heads=lambda: gathered(head(student) + head(teacher)),
         on_any_rank=on_any_rank,
     )
 

@@ -11,14 +11,38 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from transformers import Trainer, TrainerCallback
 
 from tests.training.harness import DistillationTrainer, run_training, weights
+
+
+def count_cpu_ranks() -> None:
+    """With DeepSpeed accelerate sees one process per CPU rank, unless it was told of them before."""
+    create = Trainer.create_accelerator_and_postprocess
+
+    def counted(trainer: Trainer) -> None:
+        PartialState(cpu=True)
+        create(trainer)
+
+    Trainer.create_accelerator_and_postprocess = counted
+
+
+class WeightsAfter(TrainerCallback):
+    """The trained weights, taken while the ranks can still talk to each other."""
+
+    def on_train_end(self, args, state, control, **_) -> None:
+        with self.trainer.distiller.at_hand.student():
+            self.weights = weights(self.trainer)
 
 
 def main() -> None:
     config, output_dir = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank = int(os.environ["RANK"])
+    if config.get("deepspeed"):
+        count_cpu_ranks()
     rows: dict[int, list[list[int]]] = {}
+    after = WeightsAfter()
 
     def watch(trainer: DistillationTrainer) -> None:
         source = trainer.distiller.source
@@ -33,14 +57,14 @@ def main() -> None:
             return completed, metrics
 
         source.complete = watched
+        after.trainer = trainer
+        trainer.add_callback(after)
 
     trainer = run_training(config, output_dir / f"rank{rank}", watch)
-    with trainer.distiller.at_hand.student():
-        trained = weights(trainer)
     torch.save(
         {
             "rows": rows,
-            "weights": trained,
+            "weights": after.weights,
             "log": trainer.state.log_history,
             "processes": trainer.accelerator.num_processes,
         },
