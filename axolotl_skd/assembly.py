@@ -131,12 +131,12 @@ def _assemble(
         warn_of_unknown_tokens(shared)
     student, teacher = _views(trainer, distillation, student_model, teacher_model, shared)
     params = sampling_params(distillation, preflight.stop_token_ids)
+    predicted = _forecast(trainer, distillation, student, teacher, sequence_len)
+    warn_of_memory(predicted)
     source = completion_source(trainer, distillation, params, student, teacher, seed, prepared_path)
     described = None if teacher is None else _described(teacher, distillation)
     if distillation.method_row.loss is LossRecipe.CROSS_ENTROPY:
         teacher = None  # it has written its sequences and is needed no more
-    predicted = _forecast(trainer, distillation, student, teacher, sequence_len)
-    warn_of_memory(predicted)
     if teacher is not None and distillation.teacher.offload:
         weights = replace(weights, teacher=Offloaded(teacher.model).at_hand)
     trainer.attach(
@@ -253,7 +253,13 @@ def _forecast(
         num_rollouts=rollout.num_rollouts,
         activation_bytes=2 if half else student.model.dtype.itemsize,
     )
-    return forecast(student, teacher, shape, offloaded=distillation.teacher.offload)
+    return forecast(
+        student,
+        teacher,
+        shape,
+        offloaded=distillation.teacher.offload,
+        released=method.loss is LossRecipe.CROSS_ENTROPY,
+    )
 
 
 def _new_capture(

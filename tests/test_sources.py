@@ -193,3 +193,16 @@ def test_truncated_rollouts_can_be_left_out_of_the_loss(share: float) -> None:
         expected += [states] if sampled else []
     assert 0 < len(expected) < len(lengths)
     assert torch.equal(masked["stored_hidden"].states, torch.cat(expected))
+
+
+def test_a_window_masked_as_a_whole_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    def endless(prompts: Any, params: Any) -> Any:
+        rollout = keyed_echo(prompts, params)
+        return replace(
+            rollout, finish_reasons=torch.full_like(rollout.finish_reasons, FinishReason.LENGTH)
+        )
+
+    masking = source(1.0, sample=endless, mask_truncated=True)
+    for _ in range(2):
+        masking.complete([batch([1, 2, 3])], 0, 0.0)
+    assert caplog.text.count("all rollouts of a step ran to") == 1
