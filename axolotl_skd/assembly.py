@@ -33,7 +33,7 @@ from axolotl_skd.preflight import (
 )
 from axolotl_skd.rollout.graphs import Capture, CudaCapture
 from axolotl_skd.rollout.lm import CausalLM, probed_lm, rollout_mode
-from axolotl_skd.sharding import AtHand, Engine, at_hand, running_engine, shard_teacher
+from axolotl_skd.sharding import AtHand, Engine, at_hand, running_engine, spread_teacher
 from axolotl_skd.start_line import parameter_counts, start_line
 from axolotl_skd.teacher import base_alone, load_teacher
 from axolotl_skd.trainer import DistillationTrainer, Distiller, base_causal_lm
@@ -103,7 +103,7 @@ def _teacher_model(
         return student
     device = None if engine is Engine.ZERO_3 else trainer.args.device
     teacher = load_teacher(distillation.teacher, device)
-    shard_teacher(teacher, trainer.accelerator, engine)
+    spread_teacher(teacher, trainer.accelerator, engine)
     return teacher
 
 

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
-from trl.models.utils import add_hooks, prepare_deepspeed, prepare_fsdp, remove_hooks
+from trl.models.utils import add_hooks, prepare_deepspeed, remove_hooks
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -65,13 +66,32 @@ def running_engine(accelerator: Accelerator) -> Engine:
     return Engine.WHOLE if fsdp is None else Engine.FSDP_2
 
 
-def shard_teacher(teacher: PreTrainedModel, accelerator: Accelerator, engine: Engine) -> None:
+def spread_teacher(teacher: PreTrainedModel, accelerator: Accelerator, engine: Engine) -> None:
     """Spread a teacher over the ranks as the student will be, in place."""
     if engine is Engine.ZERO_3:
         # Its hooks would gather layer by layer, in every forward, on all ranks together.
         remove_hooks(prepare_deepspeed(teacher, accelerator))
     elif engine is Engine.FSDP_2:
-        prepare_fsdp(teacher, accelerator)
+        mesh = getattr(accelerator, "torch_device_mesh", None)
+        if mesh is not None:
+            mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+        spread_fsdp2(teacher, mesh)
+
+
+def spread_fsdp2(model: PreTrainedModel, mesh: DeviceMesh | None = None) -> None:
+    """Layer by layer, so that the loss can gather the head without them; in the model's own dtype.
+
+    TRL's `prepare_fsdp` makes one group of all and casts it to the student's precision.
+
+    Args:
+        model: in place.
+        mesh: of the ranks, default all.
+    """
+    layers = set(model._no_split_modules or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def at_hand(
@@ -87,7 +107,7 @@ def at_hand(
         accelerator, engine: what spreads the weights.
         wrapped: the student as the trainer calls it at the moment.
         student: the causal LM inside.
-        teacher: as `shard_teacher` left it.
+        teacher: as `spread_teacher` left it.
     """
     on_any_rank = _any_rank(accelerator)
     if engine is Engine.ZERO_3:
@@ -151,7 +171,7 @@ def fsdp2_at_hand(
     on_any_rank: Callable[[bool], bool],
     reshard_after_forward: bool,
 ) -> AtHand:
-    """FSDP2's unsharding, group by group, with no resharding between the forwards of a rollout.
+    """FSDP2's unsharding, with no resharding between the forwards of a rollout.
 
     Args:
         wrapped, student, teacher, on_any_rank: as in `at_hand`.
@@ -159,41 +179,49 @@ def fsdp2_at_hand(
     """
 
     @contextmanager
-    def student_at_hand() -> Iterator[None]:
-        groups = _groups(wrapped())
-        for group in groups:
-            group.set_reshard_after_forward(False, recurse=False)
-            group.unshard()
-        try:
-            yield
-        finally:
-            for group in groups:
-                group.reshard()
-                group.set_reshard_after_forward(reshard_after_forward, recurse=False)
-
-    @contextmanager
-    def teacher_at_hand() -> Iterator[None]:
-        groups = [] if teacher is None else _groups(teacher)
-        for group in groups:
-            group.unshard()
-        try:
-            yield
-        finally:
-            for group in groups:
-                group.reshard()
-
-    @contextmanager
     def heads_at_hand() -> Iterator[None]:
         own = _group_of(student.get_output_embeddings(), wrapped())
-        if own is not None:
-            own.unshard()
-        with teacher_at_hand() if teacher is not None else nullcontext():
+        other = None if teacher is None else _group_of(teacher.get_output_embeddings(), teacher)
+        passing = [group for group in (own, other) if group is not None]
+        for group in passing:
+            group.unshard()
+        if own is not None and torch.is_grad_enabled():
+            passing.remove(own)  # it stays until the backward pass, which reshards
+        try:
             yield
-        # With gradients it stays until the backward pass, which reshards.
-        if own is not None and not torch.is_grad_enabled():
-            own.reshard()
+        finally:
+            for group in passing:
+                group.reshard()
 
-    return AtHand(student_at_hand, teacher_at_hand, heads_at_hand, on_any_rank)
+    return AtHand(
+        student=lambda: _gathered(wrapped(), reshard_after_forward),
+        teacher=lambda: nullcontext() if teacher is None else _gathered(teacher, True),
+        heads=heads_at_hand,
+        on_any_rank=on_any_rank,
+    )
+
+
+@contextmanager
+def _gathered(model: nn.Module, reshard_after_forward: bool) -> Iterator[None]:
+    """All groups of a model whole; afterwards they do after a forward what they are told to."""
+    groups = _groups(model)
+    if groups:
+        for group in groups:
+            group.set_reshard_after_forward(False, recurse=False)
+        # A forward of one token gathers all groups and leaves them so. `unshard` alone would not do: FSDP2
+        # takes for its root what is called first, and rollouts call the decoder.
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=_device(model)))
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.reshard()
+            group.set_reshard_after_forward(reshard_after_forward, recurse=False)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _groups(model: nn.Module) -> list[FSDPModule]:
