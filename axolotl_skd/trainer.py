@@ -15,12 +15,14 @@ from functools import cache
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from axolotl.core.trainers import AxolotlTrainer
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from axolotl_skd.cpu import on_cpu
 from axolotl_skd.data import IGNORE_INDEX, SAMPLE_ID_COLUMN
 from axolotl_skd.losses.fused import TeacherTargets, chunk_size, fused_token_loss
 from axolotl_skd.losses.objective import Objective, Tokens
@@ -73,6 +75,12 @@ class DistillationCore(Trainer):
 
     method: Method
     distiller: Distiller | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """With DeepSpeed accelerate counts ranks by their GPUs: CPU ranks it is told of before."""
+        if self.args.deepspeed and on_cpu():
+            PartialState(cpu=True)
+        super().create_accelerator_and_postprocess()
 
     def attach(self, distiller: Distiller) -> None:
         """Hand over models and source; must come before training or evaluation."""

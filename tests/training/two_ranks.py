@@ -1,6 +1,6 @@
-"""One rank of a run of several: trains a config and leaves its rollouts and weights in files.
+"""One rank of a run of several: trains configs one after another and leaves what came of it in files.
 
-torchrun --nproc_per_node N tests/training/two_ranks.py CONFIG_JSON OUTPUT_DIR
+torchrun --nproc_per_node N -m tests.training.two_ranks CONFIGS_JSON OUTPUT_DIR
 """
 
 from __future__ import annotations
@@ -9,40 +9,29 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from tests.training.harness import DistillationTrainer, run_training, weights
-
-
-def count_cpu_ranks() -> None:
-    """With DeepSpeed accelerate sees one process per CPU rank, unless it was told of them before."""
-    create = Trainer.create_accelerator_and_postprocess
-
-    def counted(trainer: Trainer) -> None:
-        PartialState(cpu=True)
-        create(trainer)
-
-    Trainer.create_accelerator_and_postprocess = counted
 
 
 class WeightsAfter(TrainerCallback):
     """The trained weights, taken while the ranks can still talk to each other."""
 
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
+
     def on_train_end(self, args, state, control, **_) -> None:
-        with self.trainer.distiller.at_hand.student():
-            self.weights = weights(self.trainer)
+        with self._trainer.distiller.at_hand.student():
+            self.weights = weights(self._trainer)
 
 
-def main() -> None:
-    config, output_dir = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    rank = int(os.environ["RANK"])
-    if config.get("deepspeed"):
-        count_cpu_ranks()
+def trained(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+    """What this rank saw of one training."""
     rows: dict[int, list[list[int]]] = {}
-    after = WeightsAfter()
+    after: list[WeightsAfter] = []
 
     def watch(trainer: DistillationTrainer) -> None:
         source = trainer.distiller.source
@@ -57,19 +46,27 @@ def main() -> None:
             return completed, metrics
 
         source.complete = watched
-        after.trainer = trainer
-        trainer.add_callback(after)
+        after.append(WeightsAfter(trainer))
+        trainer.add_callback(after[0])
 
-    trainer = run_training(config, output_dir / f"rank{rank}", watch)
-    torch.save(
-        {
-            "rows": rows,
-            "weights": after.weights,
-            "log": trainer.state.log_history,
-            "processes": trainer.accelerator.num_processes,
-        },
-        output_dir / f"rank{rank}.pt",
-    )
+    trainer = run_training(config, output_dir, watch)
+    return {
+        "rows": rows,
+        "weights": after[0].weights,
+        "log": trainer.state.log_history,
+        "processes": trainer.accelerator.num_processes,
+        "stored": sum(p.numel() for p in trainer.model.parameters()),
+    }
+
+
+def main() -> None:
+    configs, output_dir = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    rank = int(os.environ["RANK"])
+    for name, config in configs.items():
+        folder = output_dir / name
+        folder.mkdir(exist_ok=True)
+        # One output folder for all ranks where they save together.
+        torch.save(trained(config, folder / "model"), folder / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":
