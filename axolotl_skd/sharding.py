@@ -10,7 +10,7 @@ With DDP and ZeRO-1/2 every rank has all weights, and nothing here does anything
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -33,13 +33,15 @@ class AtHand:
     Attributes:
         student: for rollouts of the student, by every rank on its own.
         teacher: for any forward of the teacher's decoder, likewise.
-        heads: for both output heads in the loss, and for its gradient. After the student's forward.
+        heads: for both output heads in the loss, after the student's forward.
+        micro_batch: around a forward and its backward pass; what that needs of `heads` stays until then.
         on_any_rank: is something so on at least one of the ranks that have to meet in these contexts?
     """
 
     student: Context = nullcontext
     teacher: Context = nullcontext
     heads: Context = nullcontext
+    micro_batch: Context = nullcontext
     on_any_rank: Callable[[bool], bool] = bool
 
 
@@ -132,13 +134,11 @@ def zero3_at_hand(
     teacher: PreTrainedModel | None,
     on_any_rank: Callable[[bool], bool],
 ) -> AtHand:
-    """DeepSpeed's gathering, with the hooks of the student's engine off during rollouts.
-
-    The head's gradient reaches DeepSpeed through the hook on its parameter, whole, as from a layer.
-    """
+    """DeepSpeed's gathering, with the hooks of the student's engine off during rollouts."""
     import deepspeed  # an extra of Axolotl's
 
     gathered = deepspeed.zero.GatheredParameters
+    backward = ExitStack()
 
     @contextmanager
     def student_at_hand() -> Iterator[None]:
@@ -150,18 +150,31 @@ def zero3_at_hand(
             finally:
                 add_hooks(engine)
 
-    def parameters(model: PreTrainedModel | None) -> list[nn.Parameter]:
-        return [] if model is None else list(model.parameters())
+    @contextmanager
+    def heads_at_hand() -> Iterator[None]:
+        with ExitStack() as loss:
+            # A gradient can only be added to a whole parameter; from there DeepSpeed's hook takes it.
+            until = backward if torch.is_grad_enabled() else loss
+            until.enter_context(gathered(_head_parameters(student)))
+            loss.enter_context(gathered(_head_parameters(teacher)))
+            yield
 
-    def head(model: PreTrainedModel | None) -> list[nn.Parameter]:
-        return [] if model is None else list(model.get_output_embeddings().parameters())
+    @contextmanager
+    def micro_batch() -> Iterator[None]:
+        with backward:
+            yield
 
     return AtHand(
         student=student_at_hand,
-        teacher=lambda: gathered(parameters(teacher)),
-        heads=lambda: gathered(head(student) + head(teacher)),
+        teacher=lambda: gathered([] if teacher is None else list(teacher.parameters())),
+        heads=heads_at_hand,
+        micro_batch=micro_batch,
         on_any_rank=on_any_rank,
     )
+
+
+def _head_parameters(model: PreTrainedModel | None) -> list[nn.Parameter]:
+    return [] if model is None else list(model.get_output_embeddings().parameters())
 
 
 def fsdp2_at_hand(

@@ -140,6 +140,11 @@ class DistillationCore(Trainer):
 
     # Loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Hugging Face's forward and backward of a micro-batch, with the weights they need."""
+        with self._attached().at_hand.micro_batch():
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(
         self,
         model: nn.Module,

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from axolotl_skd.losses import fused
+
 from tests.training.harness import DistillationTrainer, run_training, weights
 
 
@@ -62,11 +64,14 @@ def trained(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
 def main() -> None:
     configs, output_dir = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank = int(os.environ["RANK"])
+    fused.CHUNK_ELEMENTS = 5 * 512  # so that ranks have unequal numbers of chunks
     for name, config in configs.items():
         folder = output_dir / name
         folder.mkdir(exist_ok=True)
-        # One output folder for all ranks where they save together.
         torch.save(trained(config, folder / "model"), folder / f"rank{rank}.pt")
+        if "deepspeed" in sys.modules:
+            # It keeps to the process group that Axolotl destroys at the end of a training.
+            sys.modules["deepspeed"].comm.comm.cdb = None
 
 
 if __name__ == "__main__":
