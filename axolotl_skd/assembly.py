@@ -35,7 +35,7 @@ from axolotl_skd.rollout.graphs import Capture, CudaCapture
 from axolotl_skd.rollout.lm import CausalLM, probed_lm, rollout_mode
 from axolotl_skd.sharding import AtHand, Engine, at_hand, running_engine, spread_teacher
 from axolotl_skd.start_line import parameter_counts, start_line
-from axolotl_skd.teacher import base_alone, load_teacher
+from axolotl_skd.teacher import base_alone, is_quantised, load_teacher
 from axolotl_skd.trainer import DistillationTrainer, Distiller, base_causal_lm
 from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
 
@@ -77,7 +77,9 @@ def assemble(
     teacher_model = None
     if distillation.method_row.needs_teacher:
         teacher_model = _teacher_model(trainer, distillation, student_model, engine)
-    weights = at_hand(accelerator, engine, lambda: trainer.model_wrapped, student_model, teacher_model)
+    weights = at_hand(
+        accelerator, engine, lambda: trainer.model_wrapped, student_model, teacher_model
+    )
     with rollout_mode(student_model), weights.student(), weights.teacher():
         return _assemble(
             trainer,
@@ -98,11 +100,15 @@ def _teacher_model(
     student: PreTrainedModel,
     engine: Engine,
 ) -> PreTrainedModel:
-    """The student itself, or a model loaded, and sharded where the student will be."""
+    """The student itself, or a model loaded, and spread where the student will be."""
     if distillation.teacher.student_base:
         return student
-    device = None if engine is Engine.ZERO_3 else trainer.args.device
-    teacher = load_teacher(distillation.teacher, device)
+    # Quantised weights are small, and cannot be cut: they stay whole on every rank.
+    if not engine.shards_weights or is_quantised(distillation.teacher):
+        return load_teacher(distillation.teacher, trainer.args.device)
+    teacher = load_teacher(
+        distillation.teacher, None if engine is Engine.ZERO_3 else trainer.args.device
+    )
     spread_teacher(teacher, trainer.accelerator, engine)
     return teacher
 
@@ -296,8 +302,8 @@ def _refuse_other_engine(asked: Engine, running: Engine) -> None:
     if asked is not running:
         raise ConfigConflictError(
             f"the config asks for {asked.value}, but {running.value} has been started. {asked.value} "
-            "needs an accelerator and a launcher that starts it (axolotl train's own); otherwise remove "
-            "deepspeed: and fsdp_config:."
+            "needs an accelerator and a launcher that starts it (axolotl train's own), and on a CPU no "
+            "ACCELERATE_USE_CPU; otherwise remove deepspeed: and fsdp_config:."
         )
 
 

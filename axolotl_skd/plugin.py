@@ -55,7 +55,7 @@ class SKDPlugin(BasePlugin):
         if distillation is None:
             return None
         check_settings(cfg, distillation)
-        warn_of_untested(check_ranks(cfg, distillation))
+        warn_of_untested(cfg, check_ranks(cfg, distillation))
         if distillation.eval is not None:
             check_evaluation(cfg, distillation.eval)
         if preprocess:

@@ -34,7 +34,7 @@ class AtHand:
         student: for rollouts of the student, by every rank on its own.
         teacher: for any forward of the teacher's decoder, likewise.
         heads: for both output heads in the loss, after the student's forward.
-        micro_batch: around a forward and its backward pass; what that needs of `heads` stays until then.
+        micro_batch: around a forward and its backward pass, for which parts of `heads` stay.
         on_any_rank: is something so on at least one of the ranks that have to meet in these contexts?
     """
 
@@ -221,8 +221,8 @@ def _gathered(model: nn.Module, reshard_after_forward: bool) -> Iterator[None]:
     if groups:
         for group in groups:
             group.set_reshard_after_forward(False, recurse=False)
-        # A forward of one token gathers all groups and leaves them so. `unshard` alone would not do: FSDP2
-        # takes for its root what is called first, and rollouts call the decoder.
+        # A forward of one token gathers all groups and leaves them so. `unshard` alone would not do:
+        # FSDP2 takes for its root what is called first, and rollouts call the decoder.
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=_device(model)))
     try:

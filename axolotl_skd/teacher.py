@@ -99,6 +99,12 @@ def check_quantised_checkpoint(config: TeacherConfig, teacher: PreTrainedConfig)
         ) from None
 
 
+def is_quantised(config: TeacherConfig) -> bool:
+    """Will its weights be quantised, because it was asked for or because they come so?"""
+    comes_so = getattr(read_teacher_config(config), "quantization_config", None) is not None
+    return config.quantised is not None or comes_so
+
+
 def quantization_config(config: TeacherConfig) -> BitsAndBytesConfig | TorchAoConfig | None:
     """bitsandbytes' or torchao's settings, None unless asked for."""
     if config.torchao:

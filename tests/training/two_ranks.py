@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import axolotl.train
+import axolotl.utils.distributed
 import torch
 from transformers import TrainerCallback
 
 from axolotl_skd.losses import fused
-
 from tests.training.harness import DistillationTrainer, run_training, weights
 
 
@@ -40,6 +41,8 @@ def trained(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
         complete = source.complete
 
         def watched(batches, epoch, progress):
+            if os.environ.get("FAILING_RANK") == os.environ["RANK"]:
+                raise RuntimeError("a rollout that fails")
             completed, metrics = complete(batches, epoch, progress)
             for batch in completed:
                 for index, sample in enumerate(batch["sample_ids"].tolist()):
@@ -64,14 +67,14 @@ def trained(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
 def main() -> None:
     configs, output_dir = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank = int(os.environ["RANK"])
+    # Several trainings in a process: DeepSpeed keeps to the first process group.
+    axolotl.train.cleanup_distributed = lambda: None
     fused.CHUNK_ELEMENTS = 5 * 512  # so that ranks have unequal numbers of chunks
     for name, config in configs.items():
         folder = output_dir / name
         folder.mkdir(exist_ok=True)
         torch.save(trained(config, folder / "model"), folder / f"rank{rank}.pt")
-        if "deepspeed" in sys.modules:
-            # It keeps to the process group that Axolotl destroys at the end of a training.
-            sys.modules["deepspeed"].comm.comm.cdb = None
+        axolotl.utils.distributed.distributed_state = None
 
 
 if __name__ == "__main__":
