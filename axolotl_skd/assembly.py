@@ -33,7 +33,14 @@ from axolotl_skd.preflight import (
 )
 from axolotl_skd.rollout.graphs import Capture, CudaCapture
 from axolotl_skd.rollout.lm import CausalLM, probed_lm, rollout_mode
-from axolotl_skd.sharding import AtHand, Engine, at_hand, running_engine, spread_teacher
+from axolotl_skd.sharding import (
+    AtHand,
+    Engine,
+    at_hand,
+    loaded_whole,
+    running_engine,
+    spread_teacher,
+)
 from axolotl_skd.start_line import parameter_counts, start_line
 from axolotl_skd.teacher import base_alone, is_quantised, load_teacher
 from axolotl_skd.trainer import DistillationTrainer, Distiller, base_causal_lm
@@ -105,7 +112,8 @@ def _teacher_model(
         return student
     # Quantised weights are small, and cannot be cut: they stay whole on every rank.
     if not engine.shards_weights or is_quantised(distillation.teacher):
-        return load_teacher(distillation.teacher, trainer.args.device)
+        with loaded_whole(trainer.args.hf_deepspeed_config):
+            return load_teacher(distillation.teacher, trainer.args.device)
     teacher = load_teacher(
         distillation.teacher, None if engine is Engine.ZERO_3 else trainer.args.device
     )

@@ -21,6 +21,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 from trl.models.utils import add_hooks, prepare_deepspeed, remove_hooks
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -66,6 +71,19 @@ def running_engine(accelerator: Accelerator) -> Engine:
         return Engine.ZERO_3 if plugin.zero_stage == 3 else Engine.ZERO_1_2
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     return Engine.WHOLE if fsdp is None else Engine.FSDP_2
+
+
+@contextmanager
+def loaded_whole(zero: HfDeepSpeedConfig | None) -> Iterator[None]:
+    """Under ZeRO-3 transformers spreads what it loads, or refuses to say where: not so inside."""
+    if zero is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(zero)
 
 
 def spread_teacher(teacher: PreTrainedModel, accelerator: Accelerator, engine: Engine) -> None:

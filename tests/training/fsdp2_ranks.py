@@ -151,14 +151,21 @@ def main() -> None:
             ]
             tokens, loss = spread.step([windows[rank]])
             expected, expected_loss = whole.step(windows)
-            steps.append((tokens, expected, loss, expected_loss))
+            steps.append(
+                {
+                    "tokens": tokens,
+                    "loss": loss,
+                    "expected_tokens": expected,
+                    "expected_loss": expected_loss,
+                }
+            )
         mine = batch((4, 3), rank, 9)
         found[name] = {
             "steps": steps,
             "validation": (spread.validation(mine), whole.validation(mine)),
             "elements": sum(p.to_local().numel() for p in spread.student.parameters()),
-            "weights": {k: p.full_tensor() for k, p in spread.student.named_parameters()},
-            "expected": dict(whole.student.named_parameters()),
+            "weights": {k: p.full_tensor().detach() for k, p in spread.student.named_parameters()},
+            "expected": {k: p.detach() for k, p in whole.student.named_parameters()},
         }
     torch.save(found, output_dir / f"rank{rank}.pt")
     dist.destroy_process_group()
