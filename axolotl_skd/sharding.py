@@ -20,9 +20,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import (
-    HfDeepSpeedConfig,
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
 )
@@ -74,16 +73,16 @@ def running_engine(accelerator: Accelerator) -> Engine:
 
 
 @contextmanager
-def loaded_whole(zero: HfDeepSpeedConfig | None) -> Iterator[None]:
+def loaded_whole(args: TrainingArguments, engine: Engine) -> Iterator[None]:
     """Under ZeRO-3 transformers spreads what it loads, or refuses to say where: not so inside."""
-    if zero is None:
+    if engine is not Engine.ZERO_3:
         yield
         return
     unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        set_hf_deepspeed_config(zero)
+        set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
 def spread_teacher(teacher: PreTrainedModel, accelerator: Accelerator, engine: Engine) -> None:
