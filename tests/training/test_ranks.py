@@ -95,7 +95,7 @@ def test_two_ranks_equal_one(pair: Path, tmp_path: Path) -> None:
     succeed(2, {**configs, "tiny": {**tiny, "micro_batch_size": 4}}, tmp_path / "two")
 
     for name, config in {**configs, "tiny": {**tiny, "micro_batch_size": 4}}.items():
-        one = trained({**config, "gradient_accumulation_steps": 2}, tmp_path / name)
+        one = trained({**config, "gradient_accumulation_steps": 2}, tmp_path / "one" / name)
         two = results(tmp_path / "two", name, ranks=2)
         assert (one["processes"], two[0]["processes"]) == (1, 2)
         assert_same_rollouts(one, two)

@@ -65,7 +65,7 @@ def test_zero_3_equals_one_rank(pair: Path, tmp_path: Path) -> None:
     succeed(2, spread, tmp_path / "two")
 
     for name, config in configs.items():
-        one = trained({**config, "gradient_accumulation_steps": 2}, tmp_path / name)
+        one = trained({**config, "gradient_accumulation_steps": 2}, tmp_path / "one" / name)
         two = results(tmp_path / "two", name, ranks=2)
         assert [rank["processes"] for rank in two] == [2, 2]
         assert [rank["stored"] for rank in two] == [0, 0], "weights are whole outside of gathering"

@@ -33,6 +33,7 @@ class WeightsAfter(TrainerCallback):
 
 def trained(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     """What this rank saw of one training."""
+    torch.manual_seed(0)  # adapters begin with random weights
     rows: dict[int, list[list[int]]] = {}
     after: list[WeightsAfter] = []
 
