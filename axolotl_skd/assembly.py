@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from axolotl_skd.completion_source import completion_source
 from axolotl_skd.config import Distillation
@@ -32,10 +33,18 @@ from axolotl_skd.preflight import (
 )
 from axolotl_skd.rollout.graphs import Capture, CudaCapture
 from axolotl_skd.rollout.lm import CausalLM, probed_lm, rollout_mode
+from axolotl_skd.sharding import (
+    AtHand,
+    Engine,
+    at_hand,
+    loaded_whole,
+    running_engine,
+    spread_teacher,
+)
 from axolotl_skd.start_line import parameter_counts, start_line
-from axolotl_skd.teacher import base_alone, load_teacher
+from axolotl_skd.teacher import base_alone, is_quantised, load_teacher
 from axolotl_skd.trainer import DistillationTrainer, Distiller, base_causal_lm
-from axolotl_skd.vocabulary import share_vocabulary
+from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
 
 LOG = get_logger(__name__)
 
@@ -44,6 +53,7 @@ def assemble(
     trainer: DistillationTrainer,
     distillation: Distillation,
     preflight: Preflight,
+    engine: Engine,
     seed: int,
     sequence_len: int,
     prepared_path: Path,
@@ -54,6 +64,7 @@ def assemble(
         trainer: fresh from Axolotl's builder.
         distillation: the typed config block.
         preflight: what the checks before loading found.
+        engine: that the config asks for.
         seed: Axolotl's, used where the block has none.
         sequence_len: Axolotl's, the longest row of the data set.
         prepared_path: Axolotl's folder of prepared data, where teacher sequences are kept.
@@ -66,17 +77,64 @@ def assemble(
         vocabulary.VocabularyError
     """
     _refuse_lonely_ranks(trainer)
-    student_model = base_causal_lm(trainer.accelerator.unwrap_model(trainer.model))
+    accelerator = trainer.accelerator
+    _refuse_other_engine(engine, running_engine(accelerator))
+    student_model = base_causal_lm(accelerator.unwrap_model(trainer.model))
     _refuse_wrapped_head(student_model)
-    teacher_model, shared = None, None
-    # The student's mixed precision is not the teacher's: it computes in its own dtype.
-    teacher_precision = partial(torch.autocast, trainer.args.device.type, enabled=False)
+    teacher_model = None
     if distillation.method_row.needs_teacher:
-        if distillation.teacher.student_base:
-            teacher_model = student_model
-            teacher_precision = base_alone(_adapted(trainer), trainer.accelerator.autocast)
-        else:
-            teacher_model = load_teacher(distillation.teacher, trainer.args.device)
+        teacher_model = _teacher_model(trainer, distillation, student_model, engine)
+    weights = at_hand(
+        accelerator, engine, lambda: trainer.model_wrapped, student_model, teacher_model
+    )
+    with rollout_mode(student_model), weights.student(), weights.teacher():
+        return _assemble(
+            trainer,
+            distillation,
+            preflight,
+            student_model,
+            teacher_model,
+            weights,
+            seed if distillation.seed is None else distillation.seed,
+            sequence_len,
+            prepared_path,
+        )
+
+
+def _teacher_model(
+    trainer: DistillationTrainer,
+    distillation: Distillation,
+    student: PreTrainedModel,
+    engine: Engine,
+) -> PreTrainedModel:
+    """The student itself, or a model loaded, and spread where the student will be."""
+    if distillation.teacher.student_base:
+        return student
+    # Quantised weights are small, and cannot be cut: they stay whole on every rank.
+    if not engine.shards_weights or is_quantised(distillation.teacher):
+        with loaded_whole(trainer.args, engine):
+            return load_teacher(distillation.teacher, trainer.args.device)
+    teacher = load_teacher(
+        distillation.teacher, None if engine is Engine.ZERO_3 else trainer.args.device
+    )
+    spread_teacher(teacher, trainer.accelerator, engine)
+    return teacher
+
+
+def _assemble(
+    trainer: DistillationTrainer,
+    distillation: Distillation,
+    preflight: Preflight,
+    student_model: PreTrainedModel,
+    teacher_model: PreTrainedModel | None,
+    weights: AtHand,
+    seed: int,
+    sequence_len: int,
+    prepared_path: Path,
+) -> str:
+    """`assemble` with both models loaded and whole, in rollout mode."""
+    shared = None
+    if teacher_model is not None:
         shared = share_vocabulary(
             preflight.student_vocab,
             preflight.teacher_vocab,
@@ -85,36 +143,16 @@ def assemble(
         )
         check_top_k(distillation, shared)
         warn_of_unknown_tokens(shared)
-    vocab_size = None if shared is None else shared.size
-    with rollout_mode(student_model):
-        student = probed_lm(
-            student_model,
-            "base_model",
-            vocab_size=vocab_size,
-            precision=trainer.accelerator.autocast,
-            new_capture=_new_capture(distillation, "student", student_model.device),
-        )
-        teacher = None
-        if teacher_model is not None:
-            teacher = probed_lm(
-                teacher_model,
-                "distillation.teacher.base_model",
-                vocab_size=vocab_size,
-                precision=teacher_precision,
-                new_capture=_new_capture(distillation, "teacher", teacher_model.device),
-            )
-
+    student, teacher = _views(trainer, distillation, student_model, teacher_model, shared)
     params = sampling_params(distillation, preflight.stop_token_ids)
-    seed = seed if distillation.seed is None else distillation.seed
     predicted = _forecast(trainer, distillation, student, teacher, sequence_len)
     warn_of_memory(predicted)
     source = completion_source(trainer, distillation, params, student, teacher, seed, prepared_path)
     described = None if teacher is None else _described(teacher, distillation)
     if distillation.method_row.loss is LossRecipe.CROSS_ENTROPY:
-        teacher = teacher_model = None  # it has written its sequences and is needed no more
-    offloaded = None
+        teacher = None  # it has written its sequences and is needed no more
     if teacher is not None and distillation.teacher.offload:
-        offloaded = Offloaded(teacher.model)
+        weights = replace(weights, teacher=Offloaded(teacher.model).at_hand)
     trainer.attach(
         Distiller(
             source=source,
@@ -123,10 +161,43 @@ def assemble(
             objective=_objective(distillation),
             by_sequence=distillation.loss.normalize == "sequence",
             forecast=predicted,
-            teacher_at_hand=nullcontext if offloaded is None else offloaded.at_hand,
+            at_hand=weights,
         )
     )
     return start_line(trainer, distillation, params, shared, described)
+
+
+def _views(
+    trainer: DistillationTrainer,
+    distillation: Distillation,
+    student_model: PreTrainedModel,
+    teacher_model: PreTrainedModel | None,
+    shared: SharedVocabulary | None,
+) -> tuple[CausalLM, CausalLM | None]:
+    """Both models, tried out."""
+    vocab_size = None if shared is None else shared.size
+    student = probed_lm(
+        student_model,
+        "base_model",
+        vocab_size=vocab_size,
+        precision=trainer.accelerator.autocast,
+        new_capture=_new_capture(distillation, "student", student_model.device),
+    )
+    if teacher_model is None:
+        return student, None
+    if distillation.teacher.student_base:
+        precision = base_alone(_adapted(trainer), trainer.accelerator.autocast)
+    else:
+        # The student's mixed precision is not the teacher's: it computes in its own dtype.
+        precision = partial(torch.autocast, trainer.args.device.type, enabled=False)
+    teacher = probed_lm(
+        teacher_model,
+        "distillation.teacher.base_model",
+        vocab_size=vocab_size,
+        precision=precision,
+        new_capture=_new_capture(distillation, "teacher", teacher_model.device),
+    )
+    return student, teacher
 
 
 def _adapted(trainer: DistillationTrainer) -> PeftModel:
@@ -231,6 +302,16 @@ def _refuse_wrapped_head(model: nn.Module) -> None:
             f"the student's output head is wrapped by {type(head).__name__}, but the distillation "
             "loss applies the head by itself. Take lm_head (and, with tied embeddings, embed_tokens) "
             "out of lora_target_modules / lora_modules_to_save."
+        )
+
+
+def _refuse_other_engine(asked: Engine, running: Engine) -> None:
+    """Accelerate ignores what it cannot start, FSDP on a CPU for one."""
+    if asked is not running:
+        raise ConfigConflictError(
+            f"the config asks for {asked.value}, but {running.value} has been started. {asked.value} "
+            "needs an accelerator and a launcher that starts it (axolotl train's own), and on a CPU no "
+            "ACCELERATE_USE_CPU; otherwise remove deepspeed: and fsdp_config:."
         )
 
 

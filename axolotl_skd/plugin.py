@@ -33,6 +33,7 @@ from axolotl_skd.preflight import (
     check_settings,
     stop_set,
 )
+from axolotl_skd.rank_checks import check_ranks, warn_of_untested
 from axolotl_skd.rollout.stop_strings import StopStrings
 from axolotl_skd.trackers import TrackedScores
 from axolotl_skd.trainer import DistillationTrainer, trainer_type
@@ -59,6 +60,7 @@ class SKDPlugin(BasePlugin):
         if distillation is None:
             return None
         check_settings(cfg, distillation)
+        warn_of_untested(cfg, check_ranks(cfg, distillation))
         if distillation.eval is not None:
             check_evaluation(cfg, distillation.eval)
         if preprocess:
@@ -122,6 +124,7 @@ class SKDPlugin(BasePlugin):
             trainer,
             distillation,
             preflight,
+            check_ranks(cfg, distillation),
             seed=cfg.seed or 0,
             sequence_len=cfg.sequence_len,
             prepared_path=Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH),

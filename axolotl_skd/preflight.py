@@ -115,12 +115,6 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
                 f"{key}: {cfg[key]} splits a sequence or a layer over devices, which rollouts do not "
                 f"support. Set {key}: 1."
             )
-    for key in ("deepspeed", "fsdp", "fsdp_config"):
-        if cfg.get(key):
-            raise ConfigConflictError(
-                f"{key}: shards the student, and rollouts from a sharded student are not supported "
-                f"yet. Remove {key}: plain data parallelism (several ranks, one teacher each) works."
-            )
     if str(cfg.get("excess_length_strategy") or "drop").lower() == "truncate":
         raise ConfigConflictError(
             "excess_length_strategy: truncate cuts long rows, also inside their prompts, which would "
@@ -152,11 +146,6 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
         raise ConfigConflictError(
             "distillation.teacher.student_base: true, but there is no adapter: that could be switched "
             "off. Set adapter: lora or qlora, or name a teacher by base_model."
-        )
-    if distillation.teacher.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigConflictError(
-            f"distillation.teacher.device_map: {distillation.teacher.device_map} would let every rank "
-            "spread its teacher over the devices of all. Launch one process, or use device:."
         )
     if distillation.method_row.needs_teacher and _same_model(
         cfg["base_model"], distillation.teacher.base_model

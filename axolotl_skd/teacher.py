@@ -99,6 +99,12 @@ def check_quantised_checkpoint(config: TeacherConfig, teacher: PreTrainedConfig)
         ) from None
 
 
+def is_quantised(config: TeacherConfig) -> bool:
+    """Will its weights be quantised, because it was asked for or because they come so?"""
+    comes_so = getattr(read_teacher_config(config), "quantization_config", None) is not None
+    return config.quantised is not None or comes_so
+
+
 def quantization_config(config: TeacherConfig) -> BitsAndBytesConfig | TorchAoConfig | None:
     """bitsandbytes' or torchao's settings, None unless asked for."""
     if config.torchao:
@@ -132,12 +138,13 @@ def _torchao_weights(kind: str) -> Any:
     }[kind]()
 
 
-def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel:
+def load_teacher(config: TeacherConfig, device: torch.device | None) -> PreTrainedModel:
     """Load the teacher, frozen and in evaluation mode.
 
     Args:
         config: `distillation.teacher`.
-        device: where to put it unless the config says otherwise.
+        device: where to put it unless the config says otherwise; None leaves that to ZeRO-3, which
+            spreads every model while it is loaded.
 
     Returns:
         the causal LM; with an adapter, the one inside it, whose layers have the adapter in them.
@@ -145,7 +152,7 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel
     Raises:
         TeacherError: its weights or its adapter's cannot be read.
     """
-    quantization = quantization_config(config)
+    quantization, place = quantization_config(config), config.device or device
     arguments = _hub_arguments(config)
     if config.attn_implementation:
         arguments["attn_implementation"] = config.attn_implementation
@@ -156,7 +163,7 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel
             config.base_model,
             output_loading_info=True,
             dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
-            device_map=config.device_map or {"": config.device or device},
+            device_map=config.device_map or (place and {"": place}),
             **arguments,
         )
     except torch.OutOfMemoryError:

@@ -10,18 +10,19 @@ Legend: B rows, L padded length, N completion tokens of a micro-batch, H hidden 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from axolotl.core.trainers import AxolotlTrainer
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from axolotl_skd.cpu import on_cpu
 from axolotl_skd.data import IGNORE_INDEX, SAMPLE_ID_COLUMN
 from axolotl_skd.losses.fused import TeacherTargets, chunk_size, fused_token_loss
 from axolotl_skd.losses.objective import Objective, Tokens
@@ -30,6 +31,7 @@ from axolotl_skd.methods import LossRecipe, Method, get_method
 from axolotl_skd.metrics import Counters
 from axolotl_skd.rollout.lm import CausalLM, rollout_mode
 from axolotl_skd.rollout.sampling import Role, keyed_uniform
+from axolotl_skd.sharding import AtHand
 from axolotl_skd.sources import Batch, CompletionSource
 
 # Positions, padding included, of one forward of the teacher over given rows.
@@ -51,7 +53,7 @@ class Distiller:
         objective: what is learned at a token.
         forecast: of the memory that a step needs.
         by_sequence: is the loss a mean over sequences (of their token means) instead of over tokens?
-        teacher_at_hand: a context without which the teacher's decoder may be elsewhere.
+        at_hand: contexts without which weights may be elsewhere.
     """
 
     source: CompletionSource
@@ -60,7 +62,7 @@ class Distiller:
     objective: Objective
     forecast: Forecast
     by_sequence: bool = False
-    teacher_at_hand: Callable[[], AbstractContextManager[Any]] = nullcontext
+    at_hand: AtHand = field(default_factory=AtHand)
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -73,6 +75,12 @@ class DistillationCore(Trainer):
 
     method: Method
     distiller: Distiller | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """With DeepSpeed accelerate counts ranks by their GPUs: CPU ranks it is told of before."""
+        if self.args.deepspeed and on_cpu():
+            PartialState(cpu=True)
+        super().create_accelerator_and_postprocess()
 
     def attach(self, distiller: Distiller) -> None:
         """Hand over models and source; must come before training or evaluation."""
@@ -124,12 +132,18 @@ class DistillationCore(Trainer):
         # rely on the casts, which die with the outermost context.
         with (
             rollout_mode(distiller.student.model),
+            distiller.at_hand.student(),
+            distiller.at_hand.teacher(),
             distiller.student.precision(),
-            distiller.teacher_at_hand(),
         ):
             return distiller.source.complete(batches, epoch, progress)
 
     # Loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Hugging Face's forward and backward of a micro-batch, with the weights they need."""
+        with self._attached().at_hand.micro_batch():
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -167,13 +181,15 @@ class DistillationCore(Trainer):
         )
         hidden = states[:, :-1][predicted]
         tokens = self._tokens(inputs, predicted)
-        total, losses = fused_token_loss(
-            hidden,
-            distiller.student.logits,
-            distiller.student.head_module,
-            *distiller.objective.recipe(tokens, self._teacher_logits(inputs, predicted)),
-            chunk_size(distiller.student.vocab_size),
-        )
+        recipe = distiller.objective.recipe(tokens, self._teacher_logits(inputs, predicted))
+        with distiller.at_hand.heads():
+            total, losses = fused_token_loss(
+                hidden,
+                distiller.student.logits,
+                distiller.student.head_module,
+                *recipe,
+                chunk_size(distiller.student.vocab_size),
+            )
         if distiller.objective.gate is not None and torch.is_grad_enabled():
             accepted = (int(tokens.accepted.sum()), len(losses))
             self.counters.add({"gate/token_acceptance_rate": accepted})
@@ -213,17 +229,24 @@ class DistillationCore(Trainer):
         teacher = self._attached().teacher
         stored = inputs.get("stored_hidden")
         needed = predicted.any(dim=1).cpu()
+        missing = needed if stored is None else needed & ~stored.rows
+        asked = torch.empty(0, teacher.state_size, device=teacher.device)
+        # Together, or not at all: where weights are spread, no rank can ask the teacher alone.
+        if self._attached().at_hand.on_any_rank(bool(missing.any())):
+            with self._attached().at_hand.teacher():
+                asked = self._teacher_hidden(inputs, predicted, missing)
         if stored is None:
-            return TeacherTargets(self._teacher_hidden(inputs, predicted, needed), teacher.logits)
-        if stored.rows[needed].all():
+            return TeacherTargets(asked, teacher.logits)
+        if not missing.any():
             return TeacherTargets(stored.states, teacher.logits)
         # Rows of both kinds: each token's state to its place, row by row.
         hidden = stored.states.new_empty(int(predicted.sum()), stored.states.shape[1])
         verified = stored.rows.to(predicted.device)[predicted.nonzero()[:, 0]].to(hidden.device)
         hidden[verified] = stored.states
-        hidden[~verified] = self._teacher_hidden(inputs, predicted, needed & ~stored.rows)
+        hidden[~verified] = asked
         return TeacherTargets(hidden, teacher.logits)
 
+    @torch.no_grad()
     def _teacher_hidden(self, inputs: Batch, predicted: Tensor, rows: Tensor) -> Tensor:
         """The teacher's states [n, H] that predict the tokens of some rows (bool [B] on the CPU).
 
@@ -237,8 +260,7 @@ class DistillationCore(Trainer):
             if len(part) == 0:  # of no rows at all
                 return torch.empty(0, teacher.state_size, device=teacher.device)
             ids, mask = (inputs[name][part.to(predicted.device)] for name in names)
-            with torch.no_grad(), self._attached().teacher_at_hand():
-                hidden = teacher.hidden_states(ids.to(teacher.device), mask.to(teacher.device))
+            hidden = teacher.hidden_states(ids.to(teacher.device), mask.to(teacher.device))
             kept.append(hidden[:, :-1][predicted[part.to(predicted.device)].to(teacher.device)])
         return torch.cat(kept)
 

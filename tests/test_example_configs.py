@@ -6,16 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import axolotl.utils.trainer
 import pytest
 import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
+from axolotl.utils.config import validate_config
+from axolotl.utils.dict import DictDefault
 from transformers import AutoTokenizer, GemmaConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from axolotl_skd.config import Distillation, read_distillation
 from axolotl_skd.methods import METHODS
 from axolotl_skd.preflight import check_models, check_settings
+from axolotl_skd.rank_checks import check_ranks
 from axolotl_skd.resources import resource_path
+from axolotl_skd.sharding import Engine
 
 FOLDER = resource_path("example_configs")
 EXAMPLES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yml"))
@@ -41,6 +46,10 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
 }
 
 
+ENGINES = {"zero3": Engine.ZERO_3, "fsdp2": Engine.FSDP_2}
+ENVIRONMENT = {"torch_version": "2.13.0"}
+
+
 def read(name: str) -> dict[str, Any]:
     return yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
 
@@ -63,6 +72,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 def test_the_folder_has_the_promised_examples() -> None:
     assert {"skd_tiny.yml", "skd_gemma2b.yml", "skd_qwen0.5b.yml"} <= set(EXAMPLES)
     assert {f"{method}_tiny.yml" for method in METHODS} <= set(EXAMPLES)
+    assert sum(name.startswith("ranks/") for name in EXAMPLES) == 4 * 2
     assert sum(name.startswith("paper/") for name in EXAMPLES) == 4 * 2 * 3 - 2
 
 
@@ -75,10 +85,19 @@ def test_example_is_valid(
     student = stand_in(raw["base_model"])
     PluginManager.get_instance().plugins.clear()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for start in ("setup_deepspeed_env", "setup_fsdp_envs"):  # would prepare this process for them
+        monkeypatch.setattr(axolotl.utils.trainer, start, lambda *_, **__: None)
     cfg = load_cfg(str(FOLDER / name), base_model=student, output_dir=str(tmp_path / "out"))
     distillation = read_distillation(cfg)
     assert distillation == Distillation.model_validate(raw["distillation"])
     check_settings(cfg, distillation)
+    engine = check_ranks(cfg, distillation)
+    assert engine is ENGINES.get(name.removeprefix("ranks/").split("_")[0], Engine.WHOLE)
+    if cfg.use_ray:  # whose workers validate a second time what the driver has validated
+        again = validate_config(
+            DictDefault(cfg.to_dict()), capabilities={}, env_capabilities=ENVIRONMENT
+        )
+        assert read_distillation(again) == distillation
 
     # Axolotl drops top-level keys that it does not know without a word.
     unknown = raw.keys() - cfg.keys() - {"model_config"}

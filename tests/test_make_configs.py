@@ -52,7 +52,7 @@ def names(task: str, family: str) -> tuple[str, str, str]:
 
 
 def test_the_committed_files_are_what_is_written() -> None:
-    paths = [*FOLDER.glob("*.yml"), *FOLDER.glob("paper/*")]
+    paths = [*FOLDER.glob("*.yml"), *FOLDER.glob("paper/*"), *FOLDER.glob("ranks/*")]
     committed = {path.relative_to(FOLDER).as_posix(): path.read_text("utf-8") for path in paths}
     assert committed == all_files(), "run: python -m example_configs.make_configs"
 

@@ -59,7 +59,6 @@ def refused(**keys: Any) -> str:
         {"attn_implementation": "sdpa"},
         {"attn_implementation": "eager"},
         {"context_parallel_size": 1, "tensor_parallel_size": 1},
-        {"deepspeed": None, "fsdp": [], "fsdp_config": None},
         {"adapter": "lora", "lora_target_linear": True},
         {"adapter": "qlora", "lora_target_modules": ["q_proj", "v_proj"]},
         {"adapter": "lora", "lora_modules_to_save": []},
@@ -88,9 +87,6 @@ def test_settings_that_distillation_honours(
             ["context_parallel_size: 2", "Set context_parallel_size: 1"],
         ),
         ({"tensor_parallel_size": 4}, ["tensor_parallel_size: 4", "Set tensor_parallel_size: 1"]),
-        ({"deepspeed": "zero3.json"}, ["deepspeed: shards the student", "Remove deepspeed:"]),
-        ({"fsdp": ["full_shard"]}, ["fsdp: shards the student", "Remove fsdp:"]),
-        ({"fsdp_config": {"reshard": True}}, ["fsdp_config: shards the student"]),
         (
             {"attn_implementation": "xformers"},
             ["attn_implementation: xformers takes no 4-D mask", "Set attn_implementation: sdpa"],

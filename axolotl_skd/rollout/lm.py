@@ -86,7 +86,9 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V]"""
-        logits = self.module(hidden)[..., : self.vocab_size]
+        # Not `self.module(hidden)`: an engine's hooks on it would gather and free its weights, together
+        # with other ranks, which may call it less often.
+        logits = self.module.forward(hidden)[..., : self.vocab_size]
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

@@ -1,4 +1,4 @@
-"""The example configs as data: one record per method, family, task and stage.
+"""The example configs as data: one record per method, family, task, stage and launch.
 
 Axolotl's YAML has no includes, so each config is complete in itself, and what they share stands here,
 each fact in one place. After an edit, in the repository's root:
@@ -11,11 +11,13 @@ The files are committed; `tests/test_make_configs.py` compares them with what th
 - `skd_tiny_gsm8k.yml`: the tiny pair on real questions.
 - `paper/<task>_<family>_{teacher_sft,student_sft,skd}.yml`: the SKD paper. Distillation of GSM8K is
   `skd_gemma2b.yml` and `skd_qwen0.5b.yml`.
+- `ranks/<engine>_<n>gpus.yml`: the same on several GPUs.
 """
 
 from axolotl_skd.methods import METHODS
 from example_configs.make_configs.paper import paper, paper_name
 from example_configs.make_configs.paper_tables import FAMILIES, TASKS, Stage
+from example_configs.make_configs.ranks import LAUNCHES, NUM_GPUS, ranks, ranks_name
 from example_configs.make_configs.tiny import tiny, tiny_gsm8k
 
 
@@ -27,4 +29,7 @@ def all_files() -> dict[str, str]:
         for family in FAMILIES.values():
             for stage in Stage:
                 files[f"{paper_name(task, family, stage)}.yml"] = paper(task, family, stage)
+    for name in LAUNCHES:
+        for gpus in NUM_GPUS:
+            files[f"{ranks_name(name, gpus)}.yml"] = ranks(name, gpus)
     return files

@@ -100,7 +100,7 @@ def _unrun(memory: str) -> str:
     return f"Not yet run by us: estimated to need {memory}, and access to the hub."
 
 
-def paper_distillation(task: Task, family: Family, stage: Stage) -> str:
+def paper_distillation(task: Task, family: Family, stage: Stage, quantised: bool = True) -> str:
     """The block, with the sources of its figures."""
     name = "skd" if stage is Stage.SKD else "sft"
     settings = {
@@ -116,11 +116,14 @@ def paper_distillation(task: Task, family: Family, stage: Stage) -> str:
         "teacher_temperature": (0.2,),
         "teacher_top_p": (task.teacher_top_p,),
     }
-    teacher = [
-        ("base_model", f"./{paper_output(task, family, Stage.TEACHER_SFT)}"),
+    in_4_bit: list[Entry] = [
         ("load_in_4bit", "true", "for one GPU; the paper does not speak of quantisation"),
         ("bnb_4bit_quant_type", "nf4"),
         ("bnb_4bit_use_double_quant", "true"),
+    ]
+    teacher = [
+        ("base_model", f"./{paper_output(task, family, Stage.TEACHER_SFT)}"),
+        *(in_4_bit if quantised else []),
         ("dtype", "bfloat16"),
     ]
     return (

@@ -1,6 +1,6 @@
-"""One rank of a run of several: trains a config and leaves its rollouts and weights in files.
+"""One rank of a run of several: trains configs one after another and leaves what came of it in files.
 
-torchrun --nproc_per_node N tests/training/two_ranks.py CONFIG_JSON OUTPUT_DIR
+torchrun --nproc_per_node N -m tests.training.two_ranks CONFIGS_JSON OUTPUT_DIR
 """
 
 from __future__ import annotations
@@ -9,22 +9,41 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import axolotl.train
+import axolotl.utils.distributed
 import torch
+from transformers import TrainerCallback
 
+from axolotl_skd.losses import fused
 from tests.training.harness import DistillationTrainer, run_training, weights
 
 
-def main() -> None:
-    config, output_dir = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    rank = int(os.environ["RANK"])
+class WeightsAfter(TrainerCallback):
+    """The trained weights, taken while the ranks can still talk to each other."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_end(self, args, state, control, **_) -> None:
+        with self._trainer.distiller.at_hand.student():
+            self.weights = weights(self._trainer)
+
+
+def trained(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+    """What this rank saw of one training."""
+    torch.manual_seed(0)  # adapters begin with random weights
     rows: dict[int, list[list[int]]] = {}
+    after: list[WeightsAfter] = []
 
     def watch(trainer: DistillationTrainer) -> None:
         source = trainer.distiller.source
         complete = source.complete
 
         def watched(batches, epoch, progress):
+            if "RANK" in os.environ and os.environ["RANK"] == os.environ.get("FAILING_RANK"):
+                raise RuntimeError("a rollout that fails")
             completed, metrics = complete(batches, epoch, progress)
             for batch in completed:
                 for index, sample in enumerate(batch["sample_ids"].tolist()):
@@ -33,17 +52,30 @@ def main() -> None:
             return completed, metrics
 
         source.complete = watched
+        after.append(WeightsAfter(trainer))
+        trainer.add_callback(after[0])
 
-    trainer = run_training(config, output_dir / f"rank{rank}", watch)
-    torch.save(
-        {
-            "rows": rows,
-            "weights": weights(trainer),
-            "log": trainer.state.log_history,
-            "processes": trainer.accelerator.num_processes,
-        },
-        output_dir / f"rank{rank}.pt",
-    )
+    trainer = run_training(config, output_dir, watch)
+    return {
+        "rows": rows,
+        "weights": after[0].weights,
+        "log": trainer.state.log_history,
+        "processes": trainer.accelerator.num_processes,
+        "stored": sum(p.numel() for p in trainer.model.parameters()),
+    }
+
+
+def main() -> None:
+    configs, output_dir = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    rank = int(os.environ["RANK"])
+    # Several trainings in a process: DeepSpeed keeps to the first process group.
+    axolotl.train.cleanup_distributed = lambda: None
+    fused.CHUNK_ELEMENTS = 5 * 512  # so that ranks have unequal numbers of chunks
+    for name, config in configs.items():
+        folder = output_dir / name
+        folder.mkdir(exist_ok=True)
+        torch.save(trained(config, folder / "model"), folder / f"rank{rank}.pt")
+        axolotl.utils.distributed.distributed_state = None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,264 @@
+"""Weights that are spread over ranks, made whole where they are needed: ZeRO-3 and FSDP2.
+
+Ranks roll out rows of unequal length, so no forward of a rollout may wait for another rank: a model is
+gathered once for a whole window, and in between its forwards are as free of communication as on one
+rank. What is collective are the contexts of `AtHand`: every rank must enter them equally often.
+
+With DDP and ZeRO-1/2 every rank has all weights, and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations.deepspeed import (
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+from trl.models.utils import add_hooks, prepare_deepspeed, remove_hooks
+
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class AtHand:
+    """Contexts without which weights may be elsewhere: on other ranks, or in the CPU's memory.
+
+    Attributes:
+        student: for rollouts of the student, by every rank on its own.
+        teacher: for any forward of the teacher's decoder, likewise.
+        heads: for both output heads in the loss, after the student's forward.
+        micro_batch: around a forward and its backward pass, for which parts of `heads` stay.
+        on_any_rank: is something so on at least one of the ranks that have to meet in these contexts?
+    """
+
+    student: Context = nullcontext
+    teacher: Context = nullcontext
+    heads: Context = nullcontext
+    micro_batch: Context = nullcontext
+    on_any_rank: Callable[[bool], bool] = bool
+
+
+class Engine(Enum):
+    """How weights, gradients and optimizer states lie on the ranks."""
+
+    WHOLE = "plain data parallelism"
+    ZERO_1_2 = "DeepSpeed ZeRO-1/2"
+    ZERO_3 = "DeepSpeed ZeRO-3"
+    FSDP_2 = "FSDP2"
+
+    @property
+    def shards_weights(self) -> bool:
+        """Does a rank have only a part of the weights?"""
+        return self in (Engine.ZERO_3, Engine.FSDP_2)
+
+
+def running_engine(accelerator: Accelerator) -> Engine:
+    """The engine that accelerate has started."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        return Engine.ZERO_3 if plugin.zero_stage == 3 else Engine.ZERO_1_2
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    return Engine.WHOLE if fsdp is None else Engine.FSDP_2
+
+
+@contextmanager
+def loaded_whole(args: TrainingArguments, engine: Engine) -> Iterator[None]:
+    """Under ZeRO-3 transformers spreads what it loads, or refuses to say where: not so inside."""
+    if engine is not Engine.ZERO_3:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(args.hf_deepspeed_config)
+
+
+def spread_teacher(teacher: PreTrainedModel, accelerator: Accelerator, engine: Engine) -> None:
+    """Spread a teacher over the ranks as the student will be, in place."""
+    if engine is Engine.ZERO_3:
+        # Its hooks would gather layer by layer, in every forward, on all ranks together.
+        remove_hooks(prepare_deepspeed(teacher, accelerator))
+    elif engine is Engine.FSDP_2:
+        mesh = getattr(accelerator, "torch_device_mesh", None)
+        if mesh is not None:
+            mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+        spread_fsdp2(teacher, mesh)
+
+
+def spread_fsdp2(model: PreTrainedModel, mesh: DeviceMesh | None = None) -> None:
+    """Layer by layer, so that the loss can gather the head without them; in the model's own dtype.
+
+    TRL's `prepare_fsdp` makes one group of all and casts it to the student's precision.
+
+    Args:
+        model: in place.
+        mesh: of the ranks, default all.
+    """
+    layers = set(model._no_split_modules or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def at_hand(
+    accelerator: Accelerator,
+    engine: Engine,
+    wrapped: Callable[[], nn.Module],
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+) -> AtHand:
+    """The contexts that an engine needs.
+
+    Args:
+        accelerator, engine: what spreads the weights.
+        wrapped: the student as the trainer calls it at the moment.
+        student: the causal LM inside.
+        teacher: as `spread_teacher` left it.
+    """
+    on_any_rank = _any_rank(accelerator)
+    if engine is Engine.ZERO_3:
+        return zero3_at_hand(wrapped, student, teacher, on_any_rank)
+    if engine is Engine.FSDP_2:
+        reshard = bool(accelerator.state.fsdp_plugin.reshard_after_forward)
+        return fsdp2_at_hand(wrapped, student, teacher, on_any_rank, reshard)
+    return AtHand()
+
+
+def _any_rank(accelerator: Accelerator) -> Callable[[bool], bool]:
+    def on_any_rank(here: bool) -> bool:
+        flag = torch.tensor(float(here), device=accelerator.device)
+        return bool(accelerator.reduce(flag, reduction="sum") > 0)
+
+    return on_any_rank
+
+
+def zero3_at_hand(
+    wrapped: Callable[[], nn.Module],
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    on_any_rank: Callable[[bool], bool],
+) -> AtHand:
+    """DeepSpeed's gathering, with the hooks of the student's engine off during rollouts."""
+    import deepspeed  # an extra of Axolotl's
+
+    gathered = deepspeed.zero.GatheredParameters
+    backward = ExitStack()
+
+    @contextmanager
+    def student_at_hand() -> Iterator[None]:
+        engine = wrapped()  # before training begins the model itself, which has no hooks
+        with gathered(list(student.parameters())):
+            remove_hooks(engine)
+            try:
+                yield
+            finally:
+                add_hooks(engine)
+
+    @contextmanager
+    def heads_at_hand() -> Iterator[None]:
+        with ExitStack() as loss:
+            # A gradient can only be added to a whole parameter; from there DeepSpeed's hook takes it.
+            until = backward if torch.is_grad_enabled() else loss
+            until.enter_context(gathered(_head_parameters(student)))
+            loss.enter_context(gathered(_head_parameters(teacher)))
+            yield
+
+    @contextmanager
+    def micro_batch() -> Iterator[None]:
+        with backward:
+            yield
+
+    return AtHand(
+        student=student_at_hand,
+        teacher=lambda: gathered([] if teacher is None else list(teacher.parameters())),
+        heads=heads_at_hand,
+        micro_batch=micro_batch,
+        on_any_rank=on_any_rank,
+    )
+
+
+def _head_parameters(model: PreTrainedModel | None) -> list[nn.Parameter]:
+    return [] if model is None else list(model.get_output_embeddings().parameters())
+
+
+def fsdp2_at_hand(
+    wrapped: Callable[[], nn.Module],
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    on_any_rank: Callable[[bool], bool],
+    reshard_after_forward: bool,
+) -> AtHand:
+    """FSDP2's unsharding, with no resharding between the forwards of a rollout.
+
+    Args:
+        wrapped, student, teacher, on_any_rank: as in `at_hand`.
+        reshard_after_forward: what the student does in training, and is set back to.
+    """
+
+    @contextmanager
+    def heads_at_hand() -> Iterator[None]:
+        own = _group_of(student.get_output_embeddings(), wrapped())
+        other = None if teacher is None else _group_of(teacher.get_output_embeddings(), teacher)
+        passing = [group for group in (own, other) if group is not None]
+        for group in passing:
+            group.unshard()
+        if own is not None and torch.is_grad_enabled():
+            passing.remove(own)  # it stays until the backward pass, which reshards
+        try:
+            yield
+        finally:
+            for group in passing:
+                group.reshard()
+
+    return AtHand(
+        student=lambda: _gathered(wrapped(), reshard_after_forward),
+        teacher=lambda: nullcontext() if teacher is None else _gathered(teacher, True),
+        heads=heads_at_hand,
+        on_any_rank=on_any_rank,
+    )
+
+
+@contextmanager
+def _gathered(model: nn.Module, reshard_after_forward: bool) -> Iterator[None]:
+    """All groups of a model whole; afterwards they do after a forward what they are told to."""
+    groups = _groups(model)
+    if groups:
+        for group in groups:
+            group.set_reshard_after_forward(False, recurse=False)
+        # A forward of one token gathers all groups and leaves them so. `unshard` alone would not do:
+        # FSDP2 takes for its root what is called first, and rollouts call the decoder.
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=_device(model)))
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.reshard()
+            group.set_reshard_after_forward(reshard_after_forward, recurse=False)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _groups(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _group_of(part: nn.Module, model: nn.Module) -> FSDPModule | None:
+    """The innermost group with this part of a model in it."""
+    groups = [group for group in _groups(model) if part in set(group.modules())]
+    return groups[-1] if groups else None
