@@ -123,6 +123,7 @@ def assemble(
             objective=_objective(distillation),
             by_sequence=distillation.loss.normalize == "sequence",
             forecast=predicted,
+            skip_non_finite=distillation.on_non_finite == "skip",
             teacher_at_hand=nullcontext if offloaded is None else offloaded.at_hand,
         )
     )

@@ -6,7 +6,6 @@ In a process of its own and on the first rank only; at the end the trainer is al
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from axolotl_skd.config import EvalConfig
 from axolotl_skd.evaluation.results import comparison_table, read_results, record
 from axolotl_skd.evaluation.runner import EvalModel, run_tasks
+from axolotl_skd.ranks import is_first_rank
 
 LOG = get_logger(__name__)
 
@@ -35,7 +35,8 @@ def evaluate_start(
         tokenizer: the student's, as Axolotl set it up (its chat template may come from the config).
     """
     results = Path(cfg["output_dir"]) / RESULTS_FILE
-    if not _is_first_rank() or (_resumes(cfg) and "start" in read_results(results)):
+    done = cfg.get("resume_from_checkpoint") and "start" in read_results(results)
+    if not is_first_rank() or done:
         return
     results.unlink(missing_ok=True)  # of an earlier run into the same folder
     if "start" not in settings.at:
@@ -48,7 +49,7 @@ def evaluate_start(
 
 def evaluate_end(cfg: Mapping[str, Any], settings: EvalConfig) -> None:
     """Evaluate what was saved and print it beside the start."""
-    if not _is_first_rank() or "end" not in settings.at:
+    if not is_first_rank() or "end" not in settings.at:
         return
     _free_memory()
     results = Path(cfg["output_dir"]) / RESULTS_FILE
@@ -60,14 +61,6 @@ def evaluate_end(cfg: Mapping[str, Any], settings: EvalConfig) -> None:
         model = _eval_model(cfg, base_model=cfg["output_dir"])
     record(results, "end", _run(model, settings))
     print(f"\n{comparison_table(read_results(results))}\n\nwritten to {results}", flush=True)
-
-
-def _resumes(cfg: Mapping[str, Any]) -> bool:
-    """Does training go on from a checkpoint of this run?"""
-    found = any(Path(cfg["output_dir"]).glob("checkpoint-*"))
-    return bool(
-        cfg.get("resume_from_checkpoint") or (cfg.get("auto_resume_from_checkpoints") and found)
-    )
 
 
 def _free_memory() -> None:
@@ -91,8 +84,3 @@ def _run(model: EvalModel, settings: EvalConfig) -> dict[str, dict[str, float]]:
     return run_tasks(
         model, tasks=settings.tasks, limit=settings.limit, batch_size=settings.batch_size
     )
-
-
-def _is_first_rank() -> bool:
-    """By the launcher's word: there is no process group yet at the start, and none left at the end."""
-    return int(os.environ.get("RANK", "0")) == 0

@@ -416,6 +416,11 @@ class Distillation(_Block):
         None, description="Gate on tokens' losses, with any divergence; `speckd` always has one."
     )
     eval: EvalConfig | None = Field(None, description="Bundled evaluation before and after.")
+    on_non_finite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A row for which the teacher gives NaN or infinity stops training, or is skipped "
+        "(named, and counted as `loss/skipped_rows`). A student that does so always stops it.",
+    )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Seed of the rollouts; default Axolotl's `seed`."
     )

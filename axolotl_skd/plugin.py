@@ -14,14 +14,18 @@ from axolotl.common.datasets import TrainDatasetMeta, load_datasets
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
 
 from axolotl_skd.assembly import assemble
 from axolotl_skd.before_after import evaluate_end, evaluate_start
 from axolotl_skd.callbacks import StartLineCallback
+from axolotl_skd.checkpoints import choose_checkpoint
 from axolotl_skd.config import read_distillation
 from axolotl_skd.cpu import fit_to_cpu, on_cpu
 from axolotl_skd.data import DistillationCollator
 from axolotl_skd.data_checks import checked_datasets, restating_dropped_rows
+from axolotl_skd.full_disk import survive_full_disk
+from axolotl_skd.interruption import Interruption, how_to_go_on
 from axolotl_skd.preflight import (
     check_block_is_there,
     check_eval_tasks,
@@ -32,9 +36,13 @@ from axolotl_skd.preflight import (
 from axolotl_skd.rollout.stop_strings import StopStrings
 from axolotl_skd.trainer import DistillationTrainer, trainer_type
 
+LOG = get_logger(__name__)
+
 
 class SKDPlugin(BasePlugin):
     """Speculative Knowledge Distillation and its baselines as Axolotl trainer types."""
+
+    _interruption: Interruption | None = None
 
     def register(self, cfg: dict[str, Any]) -> None:
         check_block_is_there(cfg)
@@ -54,6 +62,7 @@ class SKDPlugin(BasePlugin):
             check_eval_tasks(distillation.eval.tasks)
         if preprocess:
             return None
+        choose_checkpoint(cfg)
         tokenizer = load_tokenizer(cfg)
         preflight = check_models(cfg, distillation, tokenizer)
         if on_cpu():
@@ -102,8 +111,14 @@ class SKDPlugin(BasePlugin):
             prepared_path=Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH),
         )
         trainer.add_callback(StartLineCallback(description))
+        self._interruption = Interruption(trainer.on_any_rank)
+        trainer.add_callback(self._interruption)
+        survive_full_disk(trainer)
 
     def post_train_unload(self, cfg: DictDefault) -> None:
         distillation = read_distillation(cfg)
-        if distillation is not None and distillation.eval is not None:
+        stopped_at = self._interruption and self._interruption.stopped_at
+        if stopped_at is not None:
+            LOG.warning(how_to_go_on(stopped_at, cfg.output_dir, cfg.axolotl_config_path))
+        elif distillation is not None and distillation.eval is not None:
             evaluate_end(cfg, distillation.eval)

@@ -23,7 +23,9 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from axolotl_skd.rollout.sampling import NonFiniteLogitsError
 from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
+from axolotl_skd.sound_rows import sample_sound_rows
 
 LOG = get_logger(__name__)
 
@@ -43,10 +45,12 @@ class Request:
     Attributes:
         prompt: int64 [P].
         stream: its random stream (`sampling.row_streams`).
+        sample: id of the data set's row.
     """
 
     prompt: Tensor
     stream: int
+    sample: int
 
     @property
     def key(self) -> str:
@@ -55,7 +59,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TeacherSequence:
-    """A completion: its token ids, and why it ended."""
+    """A completion: its token ids, and why it ended. Without tokens: none could be sampled."""
 
     ids: tuple[int, ...]
     finish: FinishReason
@@ -119,6 +123,7 @@ def make_sequences(
     *,
     max_new_tokens: int,
     batch_size: int,
+    skip_non_finite: bool = False,
     rank: int = 0,
     num_ranks: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -132,6 +137,7 @@ def make_sequences(
         params: how to sample.
         max_new_tokens: longest completion.
         batch_size: sequences that are made, and kept, at a time.
+        skip_non_finite: note that nothing could be sampled, unless that is so of a whole batch.
         rank, num_ranks: of this process.
         barrier: waits for all ranks.
 
@@ -140,6 +146,7 @@ def make_sequences(
 
     Raises:
         MissingSequencesError: another rank's share is not in the folder.
+        rollout.sampling.NonFiniteLogitsError: nothing can be sampled for a row.
     """
     known = read_sequences(folder)
     # By position in the whole list: what is known may differ while other ranks already write.
@@ -147,32 +154,25 @@ def make_sequences(
     wanted = [request for key, request in mine.items() if key not in known]
     if wanted and len(wanted) < len(mine):
         LOG.info("%d of %d teacher sequences are there already", len(mine) - len(wanted), len(mine))
-    with tqdm(
-        total=len(mine),
-        initial=len(mine) - len(wanted),
-        desc="teacher sequences",
-        disable=rank > 0 or not wanted,
-    ) as progress:
-        for start in range(0, len(wanted), batch_size):
-            group = wanted[start : start + batch_size]
-            streams = torch.tensor([request.stream for request in group])
-            rollout = sample(
-                Prompts(
-                    tuple(request.prompt for request in group),
-                    streams,
-                    torch.full_like(streams, max_new_tokens),
-                ),
-                params,
-            )
-            made = zip(rollout.unpadded(), rollout.finish_reasons.tolist(), strict=True)
-            write_sequences(
-                folder,
-                {
-                    request.key: TeacherSequence(tuple(ids.tolist()), FinishReason(finish))
-                    for request, (ids, finish) in zip(group, made, strict=True)
-                },
-            )
-            progress.update(len(group))
+    try:
+        with tqdm(
+            total=len(mine),
+            initial=len(mine) - len(wanted),
+            desc="teacher sequences",
+            disable=rank > 0 or not wanted,
+        ) as progress:
+            for start in range(0, len(wanted), batch_size):
+                group = wanted[start : start + batch_size]
+                most_skipped = len(group) - 1 if skip_non_finite else 0
+                made = _made(group, sample, params, max_new_tokens, most_skipped)
+                write_sequences(folder, made)
+                progress.update(len(group))
+    except KeyboardInterrupt:
+        LOG.warning(
+            "interrupted: what is made so far is kept in %s, and the same command goes on from there.",
+            folder,
+        )
+        raise
     barrier()
     known = read_sequences(folder)
     missing = sum(request.key not in known for request in requests)
@@ -184,6 +184,34 @@ def make_sequences(
     return {request.stream: known[request.key] for request in requests}
 
 
+def _made(
+    group: Sequence[Request],
+    sample: Callable[[Prompts, SamplingParams], Rollout],
+    params: SamplingParams,
+    max_new_tokens: int,
+    most_skipped: int,
+) -> dict[str, TeacherSequence]:
+    streams = torch.tensor([request.stream for request in group])
+    prompts = Prompts(
+        tuple(request.prompt for request in group),
+        streams,
+        torch.full_like(streams, max_new_tokens),
+    )
+    rollout, sound = sample_sound_rows(
+        sample,
+        prompts,
+        params,
+        samples=[request.sample for request in group],
+        most_skipped=most_skipped,
+    )
+    rows = iter(zip(rollout.unpadded(), rollout.finish_reasons.tolist(), strict=True))
+    made = {}
+    for request, is_sound in zip(group, sound.tolist(), strict=True):
+        ids, finish = next(rows) if is_sound else (streams[:0], FinishReason.LENGTH)
+        made[request.key] = TeacherSequence(tuple(ids.tolist()), FinishReason(finish))
+    return made
+
+
 class StoredSequences:
     """A sampler that looks its completions up."""
 
@@ -191,9 +219,16 @@ class StoredSequences:
         self._by_stream = by_stream
 
     def __call__(self, prompts: Prompts, params: SamplingParams) -> Rollout:
-        """The completions of these streams, as if the teacher had just sampled them."""
+        """The completions of these streams, as if the teacher had just sampled them.
+
+        Raises:
+            rollout.sampling.NonFiniteLogitsError: where it could not.
+        """
         device = prompts.streams.device
         rows = [self._by_stream[stream] for stream in prompts.streams.tolist()]
+        empty = [index for index, row in enumerate(rows) if not row.ids]
+        if empty:
+            raise NonFiniteLogitsError(empty)
         ids = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(row.ids, device=device) for row in rows], batch_first=True
         )

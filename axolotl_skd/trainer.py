@@ -13,24 +13,29 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from axolotl.core.trainers import AxolotlTrainer
+from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from axolotl_skd.checkpoints import STATE_FILE
 from axolotl_skd.data import IGNORE_INDEX, SAMPLE_ID_COLUMN
 from axolotl_skd.losses.fused import TeacherTargets, chunk_size, fused_token_loss
 from axolotl_skd.losses.objective import Objective, Tokens
 from axolotl_skd.memory import GIB, Forecast, PeakMemory, weight_bytes
 from axolotl_skd.methods import LossRecipe, Method, get_method
-from axolotl_skd.metrics import Counters
+from axolotl_skd.metrics import SKIPPED_ROWS, Counters
 from axolotl_skd.rollout.lm import CausalLM, rollout_mode
 from axolotl_skd.rollout.sampling import Role, keyed_uniform
 from axolotl_skd.sources import Batch, CompletionSource
+
+LOG = get_logger(__name__)
 
 # Positions, padding included, of one forward of the teacher over given rows.
 TEACHER_TOKENS = 2**14
@@ -51,6 +56,7 @@ class Distiller:
         objective: what is learned at a token.
         forecast: of the memory that a step needs.
         by_sequence: is the loss a mean over sequences (of their token means) instead of over tokens?
+        skip_non_finite: leave rows out of the loss for which the teacher gives no finite numbers?
         teacher_at_hand: a context without which the teacher's decoder may be elsewhere.
     """
 
@@ -60,7 +66,13 @@ class Distiller:
     objective: Objective
     forecast: Forecast
     by_sequence: bool = False
+    skip_non_finite: bool = False
     teacher_at_hand: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def _rows_with_items(labels: Tensor) -> int:
+    """Rows [B, L] in which anything is trained on."""
+    return int((labels[:, 1:] != IGNORE_INDEX).any(dim=1).sum())
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -80,6 +92,7 @@ class DistillationCore(Trainer):
         self.counters = Counters()
         models = {lm.model: lm for lm in (distiller.student, distiller.teacher) if lm is not None}
         loaded = sum(map(weight_bytes, models.values()))
+        self._rows_left = 0  # rows of the window of which the loss can be had
         self._peak_memory = PeakMemory(distiller.student.device, loaded)
         # Losses arrive normalised by the window's tokens: no second division by accumulation steps.
         # Axolotl's constructor turns this off, so it is set after it.
@@ -99,6 +112,9 @@ class DistillationCore(Trainer):
         if batches:
             batches, metrics = self._complete(batches)
             self.counters.add(metrics)
+            if self._attached().skip_non_finite:
+                self.counters.add({SKIPPED_ROWS: (0, 1 / self.accelerator.num_processes)})
+                self._rows_left = sum(_rows_with_items(batch["labels"]) for batch in batches)
         return batches, self._num_items(batches, device)
 
     def _num_items(self, batches: list[Batch], device: torch.device) -> Tensor | None:
@@ -165,21 +181,40 @@ class DistillationCore(Trainer):
         states = distiller.student.wrapped_states(
             model, inputs["input_ids"], inputs["attention_mask"]
         )
-        hidden = states[:, :-1][predicted]
+        hidden, rows = states[:, :-1][predicted], predicted.nonzero()[:, 0]
         tokens = self._tokens(inputs, predicted)
-        total, losses = fused_token_loss(
-            hidden,
-            distiller.student.logits,
-            distiller.student.head_module,
-            *distiller.objective.recipe(tokens, self._teacher_logits(inputs, predicted)),
-            chunk_size(distiller.student.vocab_size),
-        )
+        targets = None
+        if self.method.loss is not LossRecipe.CROSS_ENTROPY:
+            targets = self._teacher_targets(inputs, predicted)
+        total, losses = self._fused_loss(hidden, tokens, targets)
+        finite = losses.isfinite()
+        if not finite.all():
+            kept = self._without_bad_rows(hidden, rows, finite, inputs)
+            hidden, rows, tokens = hidden[kept], rows[kept], tokens.select(kept)
+            targets = targets and targets.select(kept)
+            total, losses = self._fused_loss(hidden, tokens, targets)
         if distiller.objective.gate is not None and torch.is_grad_enabled():
             accepted = (int(tokens.accepted.sum()), len(losses))
             self.counters.add({"gate/token_acceptance_rate": accepted})
-        rows = predicted.nonzero()[:, 0]
-        self._refuse_non_finite(losses, rows, inputs, training=torch.is_grad_enabled())
         return total, losses, rows
+
+    def _fused_loss(
+        self, hidden: Tensor, tokens: Tokens, targets: TeacherTargets | None
+    ) -> tuple[Tensor, Tensor]:
+        """Sum (with gradient) and losses [N] (without), from the student's states [N, H]."""
+        student, teacher_logits = self._attached().student, None
+        if targets is not None:
+            # Where the student is.
+            def teacher_logits(part: slice) -> Tensor:
+                return targets.logits(part).to(hidden.device)
+
+        return fused_token_loss(
+            hidden,
+            student.logits,
+            student.head_module,
+            *self._attached().objective.recipe(tokens, teacher_logits),
+            chunk_size(student.vocab_size),
+        )
 
     def _tokens(self, inputs: Batch, predicted: Tensor) -> Tokens:
         """What the loss may ask of this batch's tokens."""
@@ -200,13 +235,6 @@ class DistillationCore(Trainer):
             accepted=torch.empty_like(rows, dtype=torch.bool),
             weights=weights,
         )
-
-    def _teacher_logits(self, inputs: Batch, predicted: Tensor) -> Callable[[slice], Tensor] | None:
-        """Of a chunk of the batch's tokens, where the student is; None if the loss needs none."""
-        if self.method.loss is LossRecipe.CROSS_ENTROPY:
-            return None
-        targets = self._teacher_targets(inputs, predicted)
-        return lambda part: targets.logits(part).to(predicted.device)
 
     def _teacher_targets(self, inputs: Batch, predicted: Tensor) -> TeacherTargets:
         """Stored at verification; where it was not, from one forward without gradient."""
@@ -242,27 +270,65 @@ class DistillationCore(Trainer):
             kept.append(hidden[:, :-1][predicted[part.to(predicted.device)].to(teacher.device)])
         return torch.cat(kept)
 
-    def _refuse_non_finite(
-        self, losses: Tensor, rows: Tensor, inputs: Batch, training: bool
-    ) -> None:
-        bad = ~losses.isfinite()
-        if not bad.any():
-            return
-        named = [
-            f"{inputs['sample_ids'][row]} ({self._prompt_start(inputs, row)!r})"
-            for row in rows[bad].unique().tolist()
-        ]
+    def _without_bad_rows(
+        self, hidden: Tensor, rows: Tensor, finite: Tensor, inputs: Batch
+    ) -> Tensor:
+        """Which tokens to keep, bool [N], where some losses are not finite: all of the other rows'.
+
+        The window's count of tokens stays as it was: the other rows weigh no more than before.
+
+        Args:
+            hidden: the student's states [N, H].
+            rows: of each token, int64 [N].
+            finite: bool [N], of its loss.
+            inputs: the batch.
+
+        Raises:
+            NonFiniteLossError: none are to be skipped, the student's own states are not finite, or
+                nothing would be left of the window.
+        """
+        bad = rows[~finite].unique()
+        kept = ~torch.isin(rows, bad)
+        training = torch.is_grad_enabled()
         where = f"step {self.state.global_step + 1}" if training else "validation"
+        named = ", ".join(
+            f"{inputs['sample_ids'][row]} ({self._prompt_start(inputs, row)!r})"
+            for row in bad.tolist()
+        )
+        what = (
+            f"{where}: the loss of {int((~finite).sum())} of {len(finite)} tokens is not finite, in "
+            f"sample(s) {named}."
+        )
+        if training and self._attached().skip_non_finite and hidden.isfinite().all():
+            self._rows_left -= len(bad)
+            if self._rows_left > 0:
+                self.counters.add({SKIPPED_ROWS: (len(bad), 0)})
+                LOG.warning("skipped: %s", what, main_process_only=False)
+                return kept
         raise NonFiniteLossError(
-            f"{where}: the loss of {int(bad.sum())} of {len(losses)} tokens "
-            f"is not finite, in sample(s) {', '.join(named)}. The weights were not updated by it. "
+            f"{what} The weights were not updated by it. "
             "Look at these rows; a lower learning_rate, bf16 instead of fp16 or a float32 teacher "
-            "(distillation.teacher.dtype) are the usual remedies."
+            "(distillation.teacher.dtype) are the usual remedies. Training rows for which the teacher "
+            "alone is to blame can be left out: distillation.on_non_finite: skip."
         )
 
     def _prompt_start(self, inputs: Batch, row: int, num_tokens: int = 24) -> str:
         length = min(num_tokens, int(inputs["prompt_lengths"][row]))
         return self.processing_class.decode(inputs["input_ids"][row, :length])
+
+    # Checkpoints
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Where one of the same step is overwritten, it does not look whole in the meantime."""
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / STATE_FILE).unlink(missing_ok=True)
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last file but `trainer_state.json`, which is not to come before any rank's share."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     # Evaluation
 
@@ -306,6 +372,13 @@ class DistillationCore(Trainer):
             logs["memory/peak_gib"] = self._peak_memory.read() / GIB
             logs["memory/predicted_gib"] = self._attached().forecast.peak / GIB
         super().log(logs, *args, **kwargs)
+
+    def on_any_rank(self, here: bool) -> bool:
+        """Is it so on one of the ranks? To be asked by all of them."""
+        if self.accelerator.num_processes == 1:
+            return here
+        flag = torch.tensor(int(here), device=self.accelerator.device)
+        return bool(self._reduce_sum(flag))
 
     def _reduce_sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")

@@ -24,7 +24,7 @@ from axolotl_skd.teacher_sequences import (
 from tests.helpers import save_model
 
 PARAMS = SamplingParams(3, 2, 1.0, 1.0, 1.0, 1.0, (2,))
-REQUESTS = [Request(torch.tensor([5, 6, i]), stream=100 + i) for i in range(7)]
+REQUESTS = [Request(torch.tensor([5, 6, i]), stream=100 + i, sample=50 + i) for i in range(7)]
 
 
 @dataclass
@@ -109,8 +109,8 @@ def test_what_is_corrupt_is_made_again(
 def test_other_prompts_and_streams_are_other_sequences(tmp_path: Path) -> None:
     """An id column can survive while its prompt is edited."""
     make(tmp_path, Teacher())
-    edited = Request(torch.tensor([5, 7, 1]), stream=101)
-    another = Request(REQUESTS[2].prompt, stream=300)
+    edited = Request(torch.tensor([5, 7, 1]), stream=101, sample=51)
+    another = Request(REQUESTS[2].prompt, stream=300, sample=52)
     teacher = Teacher()
     make(tmp_path, teacher, [edited, another, REQUESTS[3]])
     assert teacher.asked == [101, 300]
