@@ -217,6 +217,8 @@ class RolloutSource:
         chosen = batch["rolled_out"] & ~skipped
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         rows = [row[:length] for row, length in zip(batch["input_ids"], lengths, strict=True)]
+        for row in _indices(skipped):
+            rows[row] = rows[row][: prompt_lengths[row]]
         completions = [] if rollout is None else rollout.unpadded()
         for row, ids in zip(_indices(chosen), completions, strict=True):
             completion = ids.to(rows[row].device)

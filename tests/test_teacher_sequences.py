@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from axolotl_skd.rollout.sampling import NonFiniteLogitsError
 from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
 from axolotl_skd.teacher_sequences import (
     MissingSequencesError,
@@ -33,11 +34,15 @@ class Teacher:
 
     asked: list[int] = field(default_factory=list)
     calls_until_interrupted: int = -1
+    broken: tuple[int, ...] = ()  # streams for which it gives no numbers
 
     def __call__(self, prompts: Prompts, params: SamplingParams) -> Rollout:
         if self.calls_until_interrupted == 0:
             raise KeyboardInterrupt
         self.calls_until_interrupted -= 1
+        bad = [row for row, one in enumerate(prompts.streams.tolist()) if one in self.broken]
+        if bad:
+            raise NonFiniteLogitsError(bad)
         assert params is PARAMS and prompts.max_new_tokens.tolist() == [3] * len(prompts.ids)
         self.asked += prompts.streams.tolist()
         lengths = torch.tensor([int(ids[-1]) % 3 + 1 for ids in prompts.ids])
@@ -160,3 +165,32 @@ def test_stored_sequences_come_as_a_rollout() -> None:
     assert rollout.finish_reasons.tolist() == [1, 0, 1]
     assert rollout.source is Source.TEACHER and not rollout.accepted_mask.any()
     assert rollout.select(1, 2).completion_ids.tolist() == [[100]]
+
+
+def test_rows_without_numbers_stop_or_are_noted(tmp_path: Path) -> None:
+    teacher = Teacher(broken=(101, 105))
+    with pytest.raises(NonFiniteLogitsError, match=r"sample\(s\) 51 are not finite"):
+        make(tmp_path, teacher)
+    sequences = make(tmp_path, teacher, skip_non_finite=True)
+    assert {stream for stream, row in sequences.items() if not row.ids} == {101, 105}
+    assert {k: row for k, row in sequences.items() if row.ids} == {
+        k: row for k, row in EXPECTED.items() if k not in teacher.broken
+    }
+    teacher.asked.clear()
+    assert make(tmp_path, teacher) == sequences and not teacher.asked
+    streams = torch.tensor([100, 101, 102])
+    prompts = Prompts((torch.tensor([5]),) * 3, streams, torch.tensor([3] * 3))
+    with pytest.raises(NonFiniteLogitsError) as error:  # for `on_non_finite` of the run to judge
+        StoredSequences(sequences)(prompts, PARAMS)
+    assert error.value.rows == [1]
+
+
+def test_a_batch_wholly_without_numbers_stops(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLogitsError):
+        make(tmp_path, Teacher(broken=tuple(range(100, 107))), skip_non_finite=True)
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
+        make(tmp_path, Teacher(calls_until_interrupted=1))
+    assert f"kept in {tmp_path}" in caplog.text and read_sequences(tmp_path)

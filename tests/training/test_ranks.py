@@ -95,3 +95,19 @@ def test_ranks_that_train_alone_are_refused(pair: Path, tmp_path: Path) -> None:
     """What happens without the plugin's ACCELERATE_USE_CPU: accelerate sees one process per rank."""
     with pytest.raises(AssertionError, match="2 ranks were launched, but each sees 1"):
         launch(2, base_config(pair, max_steps=1), tmp_path / "alone", ACCELERATE_USE_CPU="false")
+
+
+@pytest.mark.ranks
+def test_one_failing_rank_stops_all_with_its_own_error(pair: Path, tmp_path: Path) -> None:
+    """The other one waits for it in a collective operation, and is not left there."""
+    with pytest.raises(AssertionError, match="RuntimeError: the last rank is out of luck"):
+        launch(2, base_config(pair, max_steps=3), tmp_path / "run", FAULT="fail")
+
+
+@pytest.mark.ranks
+def test_ctrl_c_on_one_rank_ends_all_after_the_same_step(pair: Path, tmp_path: Path) -> None:
+    config = base_config(pair, max_steps=4)
+    launch(2, config, tmp_path / "run", FAULT="ctrl_c")
+    assert [results(tmp_path / "run", rank)["steps"] for rank in (0, 1)] == [2, 2]
+    checkpoint = tmp_path / "run" / "rank0" / "checkpoint-2"
+    assert (checkpoint / "trainer_state.json").exists()

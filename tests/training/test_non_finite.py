@@ -1,0 +1,118 @@
+"""Rows for which the teacher gives no numbers: left out on request, named and counted."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from axolotl_skd.data import SAMPLE_ID_COLUMN
+from axolotl_skd.rollout.sampling import NonFiniteLogitsError
+from axolotl_skd.trainer import DistillationTrainer, NonFiniteLossError
+from tests.training.harness import SGD, base_config, largest_difference, run_training, weights
+
+
+def skipping(pair: Path, method: str, **keys: Any) -> dict[str, Any]:
+    config = base_config(pair, method=method, **{**SGD, **keys})
+    config["distillation"]["on_non_finite"] = "skip"
+    return config
+
+
+class Poison:
+    """The teacher does not know a token that only one row's prompt has."""
+
+    def __init__(self) -> None:
+        self.token = self.sample = self.visits = 0
+
+    def __call__(self, trainer: DistillationTrainer) -> None:
+        rows = {row[SAMPLE_ID_COLUMN]: set(row["input_ids"]) for row in trainer.train_dataset}
+        counts = Counter(token for row in rows.values() for token in row)
+        self.token = min(token for token, count in counts.items() if count == 1)
+        (self.sample,) = (sample for sample, row in rows.items() if self.token in row)
+        with torch.no_grad():
+            self.spoil(trainer)
+        compute_loss = trainer.compute_loss
+
+        def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            hit = inputs["sample_ids"] == self.sample
+            self.visits += int(hit.sum())
+            return compute_loss(model, self.seen(inputs, hit), *args, **kwargs)
+
+        trainer.compute_loss = watched
+
+    def spoil(self, trainer: DistillationTrainer) -> None:
+        trainer.distiller.teacher.model.model.embed_tokens.weight[self.token] = float("nan")
+
+    def seen(self, inputs: dict[str, Any], hit: torch.Tensor) -> dict[str, Any]:
+        return inputs
+
+
+class Antidote(Poison):
+    """Nothing is spoilt, but the row is taken out of the loss by hand; its tokens still count."""
+
+    def spoil(self, trainer: DistillationTrainer) -> None:
+        pass
+
+    def seen(self, inputs: dict[str, Any], hit: torch.Tensor) -> dict[str, Any]:
+        return {**inputs, "labels": inputs["labels"].masked_fill(hit[:, None], -100)}
+
+
+def skipped_rows(trainer: DistillationTrainer) -> float:
+    return sum(line["loss/skipped_rows"] for line in trainer.state.log_history if "loss" in line)
+
+
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+def test_a_row_of_the_data_is_left_out_of_the_loss(
+    pair: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, normalize: str
+) -> None:
+    config = skipping(pair, "supervised_kd", max_steps=6)
+    config["distillation"]["loss"] = {"normalize": normalize}
+    # A micro-batch may be lost altogether.
+    config |= {"micro_batch_size": 1, "gradient_accumulation_steps": 4}
+    poison = Poison()
+    with caplog.at_level(logging.WARNING, "axolotl_skd.trainer"):
+        trainer = run_training(config, tmp_path / "poisoned", poison)
+    assert poison.visits == skipped_rows(trainer) == 2  # once an epoch
+    assert caplog.text.count(f"not finite, in sample(s) {poison.sample} (") == 2
+    expected = run_training(config, tmp_path / "by_hand", Antidote())
+    assert largest_difference(weights(trainer), weights(expected)) < 1e-6
+    untouched = run_training(config, tmp_path / "untouched")
+    assert skipped_rows(untouched) == 0
+    assert largest_difference(weights(trainer), weights(untouched)) > 1e-4
+
+
+def test_a_row_that_cannot_be_rolled_out_is_left_out(
+    pair: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others may sample the token, and are then left out as well."""
+    poison = Poison()
+    with caplog.at_level(logging.WARNING, "axolotl_skd"):
+        trainer = run_training(skipping(pair, "skd", max_steps=3), tmp_path, poison)
+    assert f"{poison.sample}" in caplog.text
+    assert skipped_rows(trainer) >= 1
+    assert all(value.isfinite().all() for value in weights(trainer).values())
+
+
+@pytest.mark.parametrize("method", ["supervised_kd", "skd"])
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_what_would_leave_nothing_stops(
+    pair: Path, tmp_path: Path, method: str, whose: str
+) -> None:
+    """A diverged student is never skipped, nor is a whole window."""
+    before: dict[str, torch.Tensor] = {}
+    trainers: list[DistillationTrainer] = []
+
+    def poison(trainer: DistillationTrainer) -> None:
+        trainers.append(trainer)
+        with torch.no_grad():
+            getattr(trainer.distiller, whose).model.model.norm.weight.fill_(float("nan"))
+        before.update(weights(trainer))
+
+    with pytest.raises((NonFiniteLogitsError, NonFiniteLossError), match=r"sample\(s\)"):
+        run_training(skipping(pair, method), tmp_path, poison)
+    after = weights(trainers[0])
+    assert all(torch.equal(before[k], after[k]) or before[k].isnan().any() for k in before)
