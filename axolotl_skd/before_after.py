@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,10 @@ def evaluate_end(cfg: Mapping[str, Any], settings: EvalConfig) -> None:
         return
     _free_memory()
     results = Path(cfg["output_dir"]) / RESULTS_FILE
-    LOG.info("the trained student is saved in %s", cfg["output_dir"])
-    LOG.info("evaluating the trained student: %s", ", ".join(settings.tasks))
+    # The first rank, as seen; the process group that Axolotl's logger would ask is gone.
+    say = partial(LOG.info, main_process_only=False)
+    say("the trained student is saved in %s", cfg["output_dir"])
+    say("evaluating the trained student: %s", ", ".join(settings.tasks))
     if cfg.get("adapter"):
         model = _eval_model(cfg, base_model=cfg["base_model"], adapter=cfg["output_dir"])
     else:

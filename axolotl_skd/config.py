@@ -418,8 +418,9 @@ class Distillation(_Block):
     eval: EvalConfig | None = Field(None, description="Bundled evaluation before and after.")
     on_non_finite: Literal["stop", "skip"] = Field(
         "stop",
-        description="A row for which the teacher gives NaN or infinity stops training, or is skipped "
-        "(named, and counted as `loss/skipped_rows`). A student that does so always stops it.",
+        description="A training row for which the teacher (while rolling out, either model) gives NaN "
+        "or infinity stops training, or is skipped: named, and counted as `loss/skipped_rows`. A "
+        "step of such rows alone, or such states of the student in the loss, always stop it.",
     )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Seed of the rollouts; default Axolotl's `seed`."

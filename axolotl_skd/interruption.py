@@ -68,12 +68,15 @@ class Interruption(TrainerCallback):
             signal.raise_signal(signum)
 
 
-def how_to_go_on(step: int, output_dir: str, config_path: str) -> str:
-    """What a run that was ended after a step leaves, and the command that continues it."""
+def report(step: int, output_dir: str, config_path: str) -> None:
+    """Say what a run that was ended after a step leaves, and the command that continues it."""
+    if not is_first_rank():
+        return
     checkpoint = os.path.join(output_dir, f"checkpoint-{step}")
-    return (
+    LOG.warning(
         f"Ended by Ctrl-C after step {step}. Saved: {checkpoint}, from which training can go on as if "
         f"it had not been interrupted, and in {output_dir} the student as it is now. To go on, with "
         f"the options of this run:\n"
-        f"  axolotl train {config_path} --resume-from-checkpoint {checkpoint}"
+        f"  axolotl train {config_path} --resume-from-checkpoint {checkpoint}",
+        main_process_only=False,  # which it is, but the process group that would know is gone
     )

@@ -14,7 +14,6 @@ from axolotl.common.datasets import TrainDatasetMeta, load_datasets
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.dict import DictDefault
-from axolotl.utils.logging import get_logger
 
 from axolotl_skd.assembly import assemble
 from axolotl_skd.before_after import evaluate_end, evaluate_start
@@ -25,7 +24,7 @@ from axolotl_skd.cpu import fit_to_cpu, on_cpu
 from axolotl_skd.data import DistillationCollator
 from axolotl_skd.data_checks import checked_datasets, restating_dropped_rows
 from axolotl_skd.full_disk import survive_full_disk
-from axolotl_skd.interruption import Interruption, how_to_go_on
+from axolotl_skd.interruption import Interruption, report
 from axolotl_skd.preflight import (
     check_block_is_there,
     check_eval_tasks,
@@ -35,8 +34,6 @@ from axolotl_skd.preflight import (
 )
 from axolotl_skd.rollout.stop_strings import StopStrings
 from axolotl_skd.trainer import DistillationTrainer, trainer_type
-
-LOG = get_logger(__name__)
 
 
 class SKDPlugin(BasePlugin):
@@ -119,6 +116,6 @@ class SKDPlugin(BasePlugin):
         distillation = read_distillation(cfg)
         stopped_at = self._interruption and self._interruption.stopped_at
         if stopped_at is not None:
-            LOG.warning(how_to_go_on(stopped_at, cfg.output_dir, cfg.axolotl_config_path))
+            report(stopped_at, cfg.output_dir, cfg.axolotl_config_path)
         elif distillation is not None and distillation.eval is not None:
             evaluate_end(cfg, distillation.eval)

@@ -113,19 +113,30 @@ def killed_in_backward() -> Action:
 
 def killed_in_checkpoint() -> None:
     """Half of the optimizer is on disk, all of the weights are."""
+
+    def half(path: str, content: bytes) -> None:
+        Path(path).write_bytes(content[: len(content) // 2])
+        die()
+
+    _at_fatal_optimizer(half)
+
+
+def killed_before_optimizer() -> None:
+    """The weights are on disk; of the optimizer there is what was there before."""
+    _at_fatal_optimizer(lambda path, content: die())
+
+
+def _at_fatal_optimizer(action: Callable[[str, bytes], None]) -> None:
     save = torch.save
 
-    def half(state: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+    def watched(state: Any, path: Any, *args: Any, **kwargs: Any) -> None:
         if not str(path).endswith(f"checkpoint-{FATAL_STEP + 1}/optimizer.pt"):
             return save(state, path, *args, **kwargs)
         content = io.BytesIO()
         save(state, content)
-        with open(path, "wb") as file:
-            file.write(content.getvalue()[: content.tell() // 2])
-            file.flush()
-            die()
+        return action(path, content.getvalue())
 
-    torch.save = half
+    torch.save = watched
 
 
 def killed_in_generation() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from axolotl_skd.checkpoints import missing
 from tests.training import dying
 from tests.training.harness import base_config, largest_difference
 
@@ -78,6 +79,18 @@ def test_a_killed_run_goes_on(
         half_written
     )
     assert (tmp_path / "incomplete-checkpoint-3").exists() == half_written
+
+
+def test_a_checkpoint_that_is_overwritten_does_not_look_whole(pair: Path, tmp_path: Path) -> None:
+    """New weights beside an old optimizer."""
+    settings = config(pair, tmp_path, max_steps=3)
+    code, output = dying.run(settings, tmp_path)
+    assert code == 0, output[-3000:]
+    assert missing(tmp_path / "checkpoint-3") == []
+    again = {**settings, "resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    code, output = dying.run(again, tmp_path, dying.killed_before_optimizer)
+    assert code == -signal.SIGKILL, output[-3000:]
+    assert missing(tmp_path / "checkpoint-3") == ["no trainer_state.json"]
 
 
 def test_ctrl_c_ends_after_the_step_and_says_how_to_go_on(

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from axolotl_skd.data import SAMPLE_ID_COLUMN
 from axolotl_skd.rollout.sampling import NonFiniteLogitsError
 from axolotl_skd.trainer import DistillationTrainer, NonFiniteLossError
 from tests.training.harness import SGD, base_config, largest_difference, run_training, weights
@@ -23,16 +22,24 @@ def skipping(pair: Path, method: str, **keys: Any) -> dict[str, Any]:
 
 
 class Poison:
-    """The teacher does not know a token that only one row's prompt has."""
+    """The teacher does not know a token that only one row has: in its prompt, or inside its completion.
 
-    def __init__(self) -> None:
+    Then only the tokens behind it have no loss, but the whole row is to be left out.
+    """
+
+    def __init__(self, in_prompt: bool) -> None:
         self.token = self.sample = self.visits = 0
+        self._in_prompt = in_prompt
 
     def __call__(self, trainer: DistillationTrainer) -> None:
-        rows = {row[SAMPLE_ID_COLUMN]: set(row["input_ids"]) for row in trainer.train_dataset}
-        counts = Counter(token for row in rows.values() for token in row)
-        self.token = min(token for token, count in counts.items() if count == 1)
-        (self.sample,) = (sample for sample, row in rows.items() if self.token in row)
+        batches = [trainer.train_data_collator([row]) for row in trainer.train_dataset]
+        counts = Counter(token for one in batches for token in one["input_ids"][0].tolist())
+        for one in batches:
+            ids, start = one["input_ids"][0].tolist(), int(one["prompt_lengths"])
+            for token in ids[:start] if self._in_prompt else ids[start + 1 : -2]:
+                if counts[token] == 1:
+                    self.token, self.sample = token, int(one["sample_ids"])
+        assert self.token, "no token is in one row alone"
         with torch.no_grad():
             self.spoil(trainer)
         compute_loss = trainer.compute_loss
@@ -73,12 +80,12 @@ def test_a_row_of_the_data_is_left_out_of_the_loss(
     config["distillation"]["loss"] = {"normalize": normalize}
     # A micro-batch may be lost altogether.
     config |= {"micro_batch_size": 1, "gradient_accumulation_steps": 4}
-    poison = Poison()
+    poison = Poison(in_prompt=False)
     with caplog.at_level(logging.WARNING, "axolotl_skd.trainer"):
         trainer = run_training(config, tmp_path / "poisoned", poison)
     assert poison.visits == skipped_rows(trainer) == 2  # once an epoch
     assert caplog.text.count(f"not finite, in sample(s) {poison.sample} (") == 2
-    expected = run_training(config, tmp_path / "by_hand", Antidote())
+    expected = run_training(config, tmp_path / "by_hand", Antidote(in_prompt=False))
     assert largest_difference(weights(trainer), weights(expected)) < 1e-6
     untouched = run_training(config, tmp_path / "untouched")
     assert skipped_rows(untouched) == 0
@@ -89,7 +96,7 @@ def test_a_row_that_cannot_be_rolled_out_is_left_out(
     pair: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Others may sample the token, and are then left out as well."""
-    poison = Poison()
+    poison = Poison(in_prompt=True)
     with caplog.at_level(logging.WARNING, "axolotl_skd"):
         trainer = run_training(skipping(pair, "skd", max_steps=3), tmp_path, poison)
     assert f"{poison.sample}" in caplog.text
