@@ -12,12 +12,26 @@ import torch
 
 from axolotl_skd.rollout.sampling import NonFiniteLogitsError
 from axolotl_skd.trainer import DistillationTrainer, NonFiniteLossError
-from tests.training.harness import SGD, base_config, largest_difference, run_training, weights
+from tests.training.harness import (
+    SGD,
+    base_config,
+    largest_difference,
+    run_training,
+    save_rows,
+    weights,
+)
 
 
-def skipping(pair: Path, method: str, **keys: Any) -> dict[str, Any]:
+def skipping(pair: Path, folder: Path, method: str, **keys: Any) -> dict[str, Any]:
+    """Ten rows, one of them with two rare characters."""
     config = base_config(pair, method=method, **{**SGD, **keys})
     config["distillation"]["on_non_finite"] = "skip"
+    rows = save_rows(folder / "train.jsonl", 10)
+    rows.write_text(
+        rows.read_text().replace("What is 4 ", "What is# 4 ").replace("It is 8", "It~ is 8")
+    )
+    config["datasets"][0]["path"] = str(rows)
+    config["dataset_prepared_path"] = str(folder / "prepared")
     return config
 
 
@@ -33,11 +47,13 @@ class Poison:
 
     def __call__(self, trainer: DistillationTrainer) -> None:
         batches = [trainer.train_data_collator([row]) for row in trainer.train_dataset]
-        counts = Counter(token for one in batches for token in one["input_ids"][0].tolist())
-        for one in batches:
-            ids, start = one["input_ids"][0].tolist(), int(one["prompt_lengths"])
-            for token in ids[:start] if self._in_prompt else ids[start + 1 : -2]:
-                if counts[token] == 1:
+        rows = [one["input_ids"][0, : int(one["attention_mask"].sum())].tolist() for one in batches]
+        counts = Counter(token for row in rows for token in set(row))
+        for one, row in zip(batches, rows, strict=True):
+            start = int(one["prompt_lengths"])
+            allowed = range(start) if self._in_prompt else range(start + 1, len(row) - 1)
+            for token in row:
+                if counts[token] == 1 and row.index(token) in allowed:
                     self.token, self.sample = token, int(one["sample_ids"])
         assert self.token, "no token is in one row alone"
         with torch.no_grad():
@@ -76,7 +92,7 @@ def skipped_rows(trainer: DistillationTrainer) -> float:
 def test_a_row_of_the_data_is_left_out_of_the_loss(
     pair: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, normalize: str
 ) -> None:
-    config = skipping(pair, "supervised_kd", max_steps=6)
+    config = skipping(pair, tmp_path, "supervised_kd", max_steps=6)
     config["distillation"]["loss"] = {"normalize": normalize}
     # A micro-batch may be lost altogether.
     config |= {"micro_batch_size": 1, "gradient_accumulation_steps": 4}
@@ -98,7 +114,7 @@ def test_a_row_that_cannot_be_rolled_out_is_left_out(
     """Others may sample the token, and are then left out as well."""
     poison = Poison(in_prompt=True)
     with caplog.at_level(logging.WARNING, "axolotl_skd"):
-        trainer = run_training(skipping(pair, "skd", max_steps=3), tmp_path, poison)
+        trainer = run_training(skipping(pair, tmp_path, "skd", max_steps=3), tmp_path, poison)
     assert f"{poison.sample}" in caplog.text
     assert skipped_rows(trainer) >= 1
     assert all(value.isfinite().all() for value in weights(trainer).values())
@@ -120,6 +136,6 @@ def test_what_would_leave_nothing_stops(
         before.update(weights(trainer))
 
     with pytest.raises((NonFiniteLogitsError, NonFiniteLossError), match=r"sample\(s\)"):
-        run_training(skipping(pair, method), tmp_path, poison)
+        run_training(skipping(pair, tmp_path, method), tmp_path, poison)
     after = weights(trainers[0])
     assert all(torch.equal(before[k], after[k]) or before[k].isnan().any() for k in before)
