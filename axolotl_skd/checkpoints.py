@@ -57,12 +57,11 @@ def choose_checkpoint(cfg: MutableMapping[str, Any]) -> None:
     Raises:
         IncompleteCheckpointError: `resume_from_checkpoint` names one that is not whole.
     """
-    output_dir = Path(cfg["output_dir"])
     named = cfg.get("resume_from_checkpoint")
     if named:
-        _refuse_incomplete(Path(named), output_dir)
+        _refuse_incomplete(Path(named), Path(cfg["output_dir"]))
     elif cfg.get("auto_resume_from_checkpoints"):
-        found = last_whole_checkpoint(output_dir)
+        found = last_whole_checkpoint(Path(cfg["output_dir"]))
         if found is not None:
             LOG.info("going on from %s", found)
             cfg["resume_from_checkpoint"] = str(found)

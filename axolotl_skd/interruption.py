@@ -68,7 +68,7 @@ class Interruption(TrainerCallback):
             signal.raise_signal(signum)
 
 
-def report(step: int, output_dir: str, config_path: str) -> None:
+def say_how_to_go_on(step: int, output_dir: str, config_path: str) -> None:
     """Say what a run that was ended after a step leaves, and the command that continues it."""
     if not is_first_rank():
         return

@@ -24,7 +24,7 @@ from axolotl_skd.cpu import fit_to_cpu, on_cpu
 from axolotl_skd.data import DistillationCollator
 from axolotl_skd.data_checks import checked_datasets, restating_dropped_rows
 from axolotl_skd.full_disk import survive_full_disk
-from axolotl_skd.interruption import Interruption, report
+from axolotl_skd.interruption import Interruption, say_how_to_go_on
 from axolotl_skd.preflight import (
     check_block_is_there,
     check_eval_tasks,
@@ -116,6 +116,6 @@ class SKDPlugin(BasePlugin):
         distillation = read_distillation(cfg)
         stopped_at = self._interruption and self._interruption.stopped_at
         if stopped_at is not None:
-            report(stopped_at, cfg.output_dir, cfg.axolotl_config_path)
+            say_how_to_go_on(stopped_at, cfg.output_dir, cfg.axolotl_config_path)
         elif distillation is not None and distillation.eval is not None:
             evaluate_end(cfg, distillation.eval)
