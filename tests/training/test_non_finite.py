@@ -23,39 +23,31 @@ from tests.training.harness import (
 
 
 def skipping(pair: Path, folder: Path, method: str, **keys: Any) -> dict[str, Any]:
-    """Ten rows, one of them with two rare characters."""
+    """Ten rows, one of them with a rare character."""
     config = base_config(pair, method=method, **{**SGD, **keys})
     config["distillation"]["on_non_finite"] = "skip"
     rows = save_rows(folder / "train.jsonl", 10)
-    rows.write_text(
-        rows.read_text().replace("What is 4 ", "What is# 4 ").replace("It is 8", "It~ is 8")
-    )
+    rows.write_text(rows.read_text().replace("What is 4 ", "What is# 4 "))
     config["datasets"][0]["path"] = str(rows)
     config["dataset_prepared_path"] = str(folder / "prepared")
     return config
 
 
 class Poison:
-    """The teacher does not know a token that only one row has: in its prompt, or inside its completion.
+    """The teacher does not know a token that only one row has, in its prompt."""
 
-    Then only the tokens behind it have no loss, but the whole row is to be left out.
-    """
-
-    def __init__(self, in_prompt: bool) -> None:
+    def __init__(self) -> None:
         self.token = self.sample = self.visits = 0
-        self._in_prompt = in_prompt
 
     def __call__(self, trainer: DistillationTrainer) -> None:
         batches = [trainer.train_data_collator([row]) for row in trainer.train_dataset]
-        rows = [one["input_ids"][0, : int(one["attention_mask"].sum())].tolist() for one in batches]
+        rows = [one["input_ids"][0, : int(one["prompt_lengths"])].tolist() for one in batches]
         counts = Counter(token for row in rows for token in set(row))
         for one, row in zip(batches, rows, strict=True):
-            start = int(one["prompt_lengths"])
-            allowed = range(start) if self._in_prompt else range(start + 1, len(row) - 1)
             for token in row:
-                if counts[token] == 1 and row.index(token) in allowed:
+                if counts[token] == 1:
                     self.token, self.sample = token, int(one["sample_ids"])
-        assert self.token, "no token is in one row alone"
+        assert self.token, "no token is in one prompt alone"
         with torch.no_grad():
             self.spoil(trainer)
         compute_loss = trainer.compute_loss
@@ -72,6 +64,21 @@ class Poison:
 
     def seen(self, inputs: dict[str, Any], hit: torch.Tensor) -> dict[str, Any]:
         return inputs
+
+
+class OneBadState(Poison):
+    """The teacher's state of the row's last token alone is spoilt; the whole row is to be left out."""
+
+    def spoil(self, trainer: DistillationTrainer) -> None:
+        teacher_hidden = trainer._teacher_hidden
+
+        def spoilt(inputs: Any, predicted: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            hidden = teacher_hidden(inputs, predicted, rows)
+            hit = (inputs["sample_ids"] == self.sample)[predicted.nonzero()[:, 0]]
+            hidden[hit.nonzero()[-1:, 0]] = float("nan")
+            return hidden
+
+        trainer._teacher_hidden = spoilt
 
 
 class Antidote(Poison):
@@ -96,12 +103,12 @@ def test_a_row_of_the_data_is_left_out_of_the_loss(
     config["distillation"]["loss"] = {"normalize": normalize}
     # A micro-batch may be lost altogether.
     config |= {"micro_batch_size": 1, "gradient_accumulation_steps": 4}
-    poison = Poison(in_prompt=False)
+    poison = OneBadState()
     with caplog.at_level(logging.WARNING, "axolotl_skd.trainer"):
         trainer = run_training(config, tmp_path / "poisoned", poison)
     assert poison.visits == skipped_rows(trainer) == 2  # once an epoch
     assert caplog.text.count(f"not finite, in sample(s) {poison.sample} (") == 2
-    expected = run_training(config, tmp_path / "by_hand", Antidote(in_prompt=False))
+    expected = run_training(config, tmp_path / "by_hand", Antidote())
     assert largest_difference(weights(trainer), weights(expected)) < 1e-6
     untouched = run_training(config, tmp_path / "untouched")
     assert skipped_rows(untouched) == 0
@@ -112,7 +119,7 @@ def test_a_row_that_cannot_be_rolled_out_is_left_out(
     pair: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Others may sample the token, and are then left out as well."""
-    poison = Poison(in_prompt=True)
+    poison = Poison()
     with caplog.at_level(logging.WARNING, "axolotl_skd"):
         trainer = run_training(skipping(pair, tmp_path, "skd", max_steps=3), tmp_path, poison)
     assert f"{poison.sample}" in caplog.text
