@@ -106,12 +106,12 @@ def assemble(
 
     params = sampling_params(distillation, preflight.stop_token_ids)
     seed = seed if distillation.seed is None else distillation.seed
+    predicted = _forecast(trainer, distillation, student, teacher, sequence_len)
+    warn_of_memory(predicted)
     source = completion_source(trainer, distillation, params, student, teacher, seed, prepared_path)
     described = None if teacher is None else _described(teacher, distillation)
     if distillation.method_row.loss is LossRecipe.CROSS_ENTROPY:
         teacher = teacher_model = None  # it has written its sequences and is needed no more
-    predicted = _forecast(trainer, distillation, student, teacher, sequence_len)
-    warn_of_memory(predicted)
     offloaded = None
     if teacher is not None and distillation.teacher.offload:
         offloaded = Offloaded(teacher.model)
@@ -197,7 +197,13 @@ def _forecast(
         num_rollouts=rollout.num_rollouts,
         activation_bytes=2 if half else student.model.dtype.itemsize,
     )
-    return forecast(student, teacher, shape, offloaded=distillation.teacher.offload)
+    return forecast(
+        student,
+        teacher,
+        shape,
+        offloaded=distillation.teacher.offload,
+        released=method.loss is LossRecipe.CROSS_ENTROPY,
+    )
 
 
 def _new_capture(

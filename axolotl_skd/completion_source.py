@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from axolotl_skd.callbacks import TopKStateCallback
-from axolotl_skd.config import Distillation, TopKTarget
+from axolotl_skd.config import Distillation
+from axolotl_skd.config_blocks import TopKTarget
 from axolotl_skd.methods import Share
 from axolotl_skd.rollout.acceptance import ACCEPTANCE_RULES
 from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.lm import CausalLM
-from axolotl_skd.rollout.sampling import row_streams
+from axolotl_skd.rollout.sampling import GREEDY, row_streams
 from axolotl_skd.rollout.stop_strings import StopStrings
 from axolotl_skd.rollout.types import SamplingParams, Source
 from axolotl_skd.sources import CompletionSource, DatasetSource, RolloutSource
@@ -27,9 +28,6 @@ from axolotl_skd.teacher_sequences import (
 )
 from axolotl_skd.top_k import ScheduledTopK, TargetAcceptance, TopKPolicy
 from axolotl_skd.trainer import DistillationTrainer
-
-# A nucleus that the most likely token fills alone.
-GREEDY_TOP_P = 1e-12
 
 
 def completion_source(
@@ -101,7 +99,7 @@ def _stored_sequences(
     """The teacher's completions of the whole training set, made where they are not there yet."""
     rollout, greedy = distillation.rollout, distillation.seqkd.decoding == "greedy"
     if greedy:
-        params = replace(params, teacher_temperature=1.0, teacher_top_p=GREEDY_TOP_P)
+        params = replace(params, teacher_temperature=1.0, teacher_top_p=GREEDY)
     accelerator, args = trainer.accelerator, trainer.args
     settings = {
         "teacher": fingerprint(engine.teacher.model),

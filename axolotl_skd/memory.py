@@ -120,7 +120,11 @@ class Forecast:
 
 
 def forecast(
-    student: CausalLM, teacher: CausalLM | None, shape: StepShape, offloaded: bool = False
+    student: CausalLM,
+    teacher: CausalLM | None,
+    shape: StepShape,
+    offloaded: bool = False,
+    released: bool = False,
 ) -> Forecast:
     """Predict the peak of a step on each device.
 
@@ -129,13 +133,15 @@ def forecast(
             student's base.
         shape: of a step.
         offloaded: does the teacher leave its device, but for its head, while it is not asked?
+        released: does it write its sequences before training, and is gone then?
     """
     beside = teacher if teacher is not None and teacher.device == student.device else None
     trainable = [p for p in student.model.parameters() if p.requires_grad]
     teacher_weights = _weights_by_device(teacher, student)
+    beside_bytes = teacher_weights.pop(student.device, 0)
     always = {
         "student": weight_bytes(student),
-        "teacher": teacher_weights.pop(student.device, 0),
+        "teacher": beside_bytes,
         "optimizer": sum(_optimizer_bytes(shape.optimizer, p) for p in trainable),
     }
     sampling = _sampling(shape.source, student, beside)
@@ -164,9 +170,12 @@ def forecast(
     tokens = shape.batch_rows * shape.row_tokens
     vocab, head = student.vocab_size, list(student.head_module.parameters())
     chunk = min(tokens, chunk_size(vocab))
+    teacher_in_training = 0 if released else beside_bytes
+    if offloaded and not released:
+        teacher_in_training = _waiting_bytes(teacher, shape)
     training = {
         **always,
-        "teacher": _waiting_bytes(teacher, shape) if offloaded else always["teacher"],
+        "teacher": teacher_in_training,
         "gradients": sum(p.numel() * p.element_size() for p in trainable),
         "teacher states": kept,
         "activations": tokens * _activation_bytes(student, shape),

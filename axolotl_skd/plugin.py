@@ -6,6 +6,7 @@ Without a `distillation:` block every hook leaves the run as it is.
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,31 @@ from axolotl.loaders import load_tokenizer
 from axolotl.utils.dict import DictDefault
 
 from axolotl_skd.assembly import assemble
-from axolotl_skd.before_after import evaluate_end, evaluate_start
+from axolotl_skd.before_after import evaluate_end, evaluate_start, start_scores
 from axolotl_skd.callbacks import StartLineCallback
 from axolotl_skd.checkpoints import choose_checkpoint
 from axolotl_skd.config import read_distillation
 from axolotl_skd.cpu import fit_to_cpu, on_cpu
 from axolotl_skd.data import DistillationCollator
 from axolotl_skd.data_checks import checked_datasets, restating_dropped_rows
+from axolotl_skd.evaluation_checks import check_evaluation, check_evaluation_inputs
 from axolotl_skd.full_disk import survive_full_disk
 from axolotl_skd.interruption import Interruption, say_how_to_go_on
 from axolotl_skd.preflight import (
     check_block_is_there,
-    check_eval_tasks,
     check_models,
     check_settings,
     stop_set,
 )
 from axolotl_skd.rollout.stop_strings import StopStrings
+from axolotl_skd.trackers import TrackedScores
 from axolotl_skd.trainer import DistillationTrainer, trainer_type
 
 
 class SKDPlugin(BasePlugin):
     """Speculative Knowledge Distillation and its baselines as Axolotl trainer types."""
 
+    _scores: TrackedScores | None = None
     _interruption: Interruption | None = None
 
     def register(self, cfg: dict[str, Any]) -> None:
@@ -56,12 +59,14 @@ class SKDPlugin(BasePlugin):
             return None
         check_settings(cfg, distillation)
         if distillation.eval is not None:
-            check_eval_tasks(distillation.eval.tasks)
+            check_evaluation(cfg, distillation.eval)
         if preprocess:
             return None
         choose_checkpoint(cfg)
         tokenizer = load_tokenizer(cfg)
         preflight = check_models(cfg, distillation, tokenizer)
+        if distillation.eval is not None:
+            check_evaluation_inputs(distillation.eval, tokenizer)
         if on_cpu():
             fit_to_cpu(cfg)
         with restating_dropped_rows(cfg.sequence_len):
@@ -108,9 +113,14 @@ class SKDPlugin(BasePlugin):
             prepared_path=Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH),
         )
         trainer.add_callback(StartLineCallback(description))
+        # Before the others look at the list of callbacks.
+        survive_full_disk(trainer)
         self._interruption = Interruption(trainer.on_any_rank)
         trainer.add_callback(self._interruption)
-        survive_full_disk(trainer)
+        if distillation.eval is not None:
+            callbacks = trainer.callback_handler.callbacks
+            self._scores = TrackedScores(callbacks, partial(start_scores, cfg, distillation.eval))
+            trainer.add_callback(self._scores)
 
     def post_train_unload(self, cfg: DictDefault) -> None:
         distillation = read_distillation(cfg)
@@ -118,4 +128,6 @@ class SKDPlugin(BasePlugin):
         if stopped_at is not None:
             say_how_to_go_on(stopped_at, cfg.output_dir, cfg.axolotl_config_path)
         elif distillation is not None and distillation.eval is not None:
-            evaluate_end(cfg, distillation.eval)
+            scores = evaluate_end(cfg, distillation.eval)
+            if scores and self._scores is not None:
+                self._scores.log_end(scores)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from axolotl.utils.logging import get_logger
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from axolotl_skd.config import Distillation
-from axolotl_skd.evaluation.tasks import check_tasks
 from axolotl_skd.prompts import DATASET_TYPE
 from axolotl_skd.rollout.attention import rollout_attention
 from axolotl_skd.rollout.types import SamplingParams, Source
@@ -24,6 +23,7 @@ from axolotl_skd.teacher import (
     read_teacher_config,
     read_teacher_tokenizer,
 )
+from axolotl_skd.unread_keys import unread_keys
 from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
 
 LOG = get_logger(__name__)
@@ -59,7 +59,14 @@ def check_block_is_there(raw: Mapping[str, Any]) -> None:
     Raises:
         ConfigConflictError
     """
-    if raw.get("distillation") is not None:
+    block = raw.get("distillation")
+    if block is not None:
+        # Where nothing means that there is none, an empty block would pass for that.
+        for key in ("gate", "eval"):
+            if isinstance(block, Mapping) and key in block and block[key] is None:
+                raise ConfigConflictError(
+                    f"distillation.{key}: is there, but has no keys. Give it some, or remove it."
+                )
         return
     if "distillation" in raw:
         raise ConfigConflictError(
@@ -74,20 +81,6 @@ def check_block_is_there(raw: Mapping[str, Any]) -> None:
         "plugins: names axolotl_skd.SKDPlugin, but the config has no distillation: block, so this is "
         "plain fine-tuning."
     )
-
-
-def check_eval_tasks(names: Sequence[str]) -> None:
-    """Refuse tasks that are not bundled.
-
-    Raises:
-        ConfigConflictError: names the nearest.
-    """
-    try:
-        check_tasks(names)
-    except ValueError as error:
-        raise ConfigConflictError(
-            f"distillation.eval.tasks: {error} Only the bundled tasks can be run from the config."
-        ) from None
 
 
 def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
@@ -146,6 +139,13 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
         LOG.warning(
             "distillation.teacher is not used: method %s learns from the data set alone.",
             distillation.method,
+        )
+    unread = unread_keys(distillation)
+    if unread:
+        LOG.warning(
+            "method %s does not read these keys of distillation:, which are set: %s.",
+            distillation.method,
+            ", ".join(unread),
         )
     if distillation.teacher.student_base and not cfg.get("adapter"):
         raise ConfigConflictError(

@@ -51,7 +51,8 @@ class PromptsOnlyStrategy(PromptTokenizingStrategy):
                 f"{prompt.get(field)!r}. Give each row a user turn, or name the column by "
                 "field_messages."
             )
-        ids = self.prompter.build_prompt(turns, add_generation_prompt=True)
+        tools = self._turns._get_tools(dict(prompt))
+        ids = self.prompter.build_prompt(turns, add_generation_prompt=True, tools=tools)
         return {
             "input_ids": [*ids, self.tokenizer.eos_token_id],
             "attention_mask": [1] * (len(ids) + 1),
@@ -67,8 +68,15 @@ def load(
     """Axolotl's hook for a data set's `type:`. Takes all keys that `type: chat_template` takes.
 
     Raises:
-        ValueError: the tokenizer has no EOS token.
+        ValueError: nothing would replace the stand-ins, the tokenizer has no EOS token to stand in, or
+            the template does not say where an answer begins.
     """
+    if cfg.get("distillation") is None:
+        raise ValueError(
+            f"datasets: type {DATASET_TYPE} has prompts without completions, and plain fine-tuning "
+            "would train on the end-of-sequence tokens that stand in for them. Add plugins: "
+            "[axolotl_skd.SKDPlugin] and a distillation: block, or use type: chat_template."
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"datasets: type {DATASET_TYPE} needs an EOS token, which stands in for the completions, "
@@ -77,4 +85,22 @@ def load(
     given = ds_cfg.model_dump() if isinstance(ds_cfg, BaseModel) else dict(ds_cfg or {})
     if not given.get("chat_template") and not cfg.get("chat_template"):
         given["chat_template"] = "tokenizer_default"  # as of `type: chat_template`
-    return PromptsOnlyStrategy(chat_template.load(tokenizer, cfg, given))
+    turns = chat_template.load(tokenizer, cfg, given)
+    _check_template(turns.prompter)
+    return PromptsOnlyStrategy(turns)
+
+
+def _check_template(prompter: chat_template.ChatTemplatePrompter) -> None:
+    """Refuse a template that writes a header before answers but not where an answer is asked for."""
+    user = {"role": "user", "content": "0"}
+    bare = prompter.build_prompt_text([user])
+    whole = prompter.build_prompt_text([user, {"role": "assistant", "content": "1"}])
+    headed = not whole.removeprefix(bare).lstrip().startswith("1")
+    if headed and prompter.build_prompt(
+        [user], add_generation_prompt=True
+    ) == prompter.build_prompt([user]):
+        raise ValueError(
+            f"datasets: type {DATASET_TYPE} ends prompts where an answer would begin, but the chat "
+            f"template ignores add_generation_prompt: it gives {bare!r}, and with an answer "
+            f"{whole!r}. Use a chat_template with a generation prompt."
+        )

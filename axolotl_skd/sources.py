@@ -8,6 +8,7 @@ Legend: B rows of a micro-batch, N completion tokens of a micro-batch, H hidden 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from axolotl_skd.rollout.sampling import Role, keyed_uniform, row_streams
 from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
 from axolotl_skd.sound_rows import sample_sound_rows
 from axolotl_skd.top_k import TopKPolicy
+
+LOG = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 """`DistillationCollator`'s batch, plus, once completed,
@@ -132,6 +135,7 @@ class RolloutSource:
         self._pad_to_multiple_of = pad_to_multiple_of
         self._top_k = top_k
         self._skip_non_finite = skip_non_finite
+        self._warned = False
 
     def complete(
         self, batches: Sequence[Batch], epoch: int, progress: float
@@ -147,6 +151,8 @@ class RolloutSource:
             part = rollout.select(start, stop) if stop > start else None
             completed.append(self._batch(batch, part))
             start = stop
+        if self._mask_truncated and rollout is not None:
+            self._warn_if_all_truncated(rollout)
         metrics = rollout_metrics(rollout, self._source, time.perf_counter() - started)
         metrics["rollout/share"] = (start, sum(len(batch["rolled_out"]) for batch in batches))
         if self._skip_non_finite:
@@ -155,6 +161,18 @@ class RolloutSource:
             metrics["skd/teacher_top_k"] = (self._params.teacher_top_k, 1)
             self._top_k.observe(*metrics["skd/acceptance_rate"])
         return completed, metrics
+
+    def _warn_if_all_truncated(self, rollout: Rollout) -> None:
+        """Once: a step in which every rollout is masked may be the first of many."""
+        if self._warned or not (rollout.finish_reasons == FinishReason.LENGTH).all():
+            return
+        self._warned = True
+        LOG.warning(
+            "all rollouts of a step ran to distillation.rollout.max_new_tokens (%d) and are masked by "
+            "mask_truncated: nothing is learned from them. See rollout/truncated_share; raise "
+            "max_new_tokens, or check that the stop set has the token that ends a turn.",
+            self._max_new_tokens,
+        )
 
     def _expand(self, batch: Batch, epoch: int, progress: float) -> Batch:
         """The batch with as many rows of each prompt as it gets rollouts, a coin deciding which do.

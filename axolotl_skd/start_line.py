@@ -11,6 +11,7 @@ from axolotl_skd.config import Distillation
 from axolotl_skd.methods import LossRecipe
 from axolotl_skd.rollout.types import SamplingParams, Source
 from axolotl_skd.trainer import DistillationTrainer
+from axolotl_skd.unread_keys import unread_rollout_keys
 from axolotl_skd.vocabulary import SharedVocabulary
 
 
@@ -70,7 +71,8 @@ def _loss(distillation: Distillation) -> str:
 
 
 def _settings(distillation: Distillation) -> str:
-    settings: Mapping[str, Any] = distillation.rollout.model_dump(exclude={"stop_token_ids"})
+    unread = unread_rollout_keys(distillation) | {"stop_token_ids"}
+    settings: Mapping[str, Any] = distillation.rollout.model_dump(exclude=unread)
     return ", ".join(f"{key} {value}" for key, value in settings.items())
 
 

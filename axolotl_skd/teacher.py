@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
-from axolotl_skd.config import TeacherConfig
+from axolotl_skd.config_blocks import TeacherConfig
 from axolotl_skd.rollout.lm import rollout_mode
 
 

@@ -54,7 +54,7 @@ class Request:
 
     @property
     def key(self) -> str:
-        return f"{self.stream}:{_digest(self.prompt.numpy().tobytes())}"
+        return _key(self.prompt, self.stream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +87,19 @@ def sequence_folder(prepared_path: Path, settings: Mapping[str, Any]) -> Path:
     return folder
 
 
+def remove_corrupt(folder: Path) -> None:
+    """Remove files whose contents are not what was written, and say so."""
+    for path in sorted(folder.glob(f"*{_SUFFIX}")):
+        if _digest(path.read_bytes()) != path.stem:
+            LOG.warning("%s is corrupt: its sequences are made again.", path)
+            path.unlink()
+
+
 def read_sequences(folder: Path) -> dict[str, TeacherSequence]:
-    """All sound entries by key; files that are not are said and removed."""
+    """All entries by key."""
     found = {}
     for path in sorted(folder.glob(f"*{_SUFFIX}")):
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:  # another rank removed it
-            continue
-        if _digest(content) != path.stem:
-            LOG.warning("%s is corrupt: its sequences are made again.", path)
-            path.unlink(missing_ok=True)
-            continue
-        for key, (ids, finish) in json.loads(content).items():
+        for key, (ids, finish) in json.loads(path.read_bytes()).items():
             found[key] = TeacherSequence(tuple(ids), FinishReason(finish))
     return found
 
@@ -127,7 +127,7 @@ def make_sequences(
     rank: int = 0,
     num_ranks: int = 1,
     barrier: Callable[[], None] = lambda: None,
-) -> dict[int, TeacherSequence]:
+) -> dict[str, TeacherSequence]:
     """Read what is there, make what is not: each rank its share, all wait for all.
 
     Args:
@@ -142,12 +142,15 @@ def make_sequences(
         barrier: waits for all ranks.
 
     Returns:
-        the sequences by stream.
+        the sequences by `Request.key`.
 
     Raises:
         MissingSequencesError: another rank's share is not in the folder.
         rollout.sampling.NonFiniteLogitsError: nothing can be sampled for a row.
     """
+    if rank == 0:  # alone, and before anybody writes: a file made again has the same name
+        remove_corrupt(folder)
+    barrier()
     known = read_sequences(folder)
     # By position in the whole list: what is known may differ while other ranks already write.
     mine = {request.key: request for request in requests[rank::num_ranks]}
@@ -181,7 +184,7 @@ def make_sequences(
             f"{missing} of {len(requests)} teacher sequences are not in {folder}, although all ranks "
             "have made their share. Set dataset_prepared_path to a folder that every rank can read."
         )
-    return {request.stream: known[request.key] for request in requests}
+    return {request.key: known[request.key] for request in requests}
 
 
 def _made(
@@ -215,8 +218,12 @@ def _made(
 class StoredSequences:
     """A sampler that looks its completions up."""
 
-    def __init__(self, by_stream: Mapping[int, TeacherSequence]) -> None:
-        self._by_stream = by_stream
+    def __init__(self, by_key: Mapping[str, TeacherSequence]) -> None:
+        """
+        Args:
+            by_key: the sequences by `Request.key`.
+        """
+        self._by_key = by_key
 
     def __call__(self, prompts: Prompts, params: SamplingParams) -> Rollout:
         """The completions of these streams, as if the teacher had just sampled them.
@@ -225,7 +232,8 @@ class StoredSequences:
             rollout.sampling.NonFiniteLogitsError: where it could not.
         """
         device = prompts.streams.device
-        rows = [self._by_stream[stream] for stream in prompts.streams.tolist()]
+        asked = zip(prompts.ids, prompts.streams.tolist(), strict=True)
+        rows = [self._by_key[_key(ids.cpu(), stream)] for ids, stream in asked]
         empty = [index for index, row in enumerate(rows) if not row.ids]
         if empty:
             raise NonFiniteLogitsError(empty)
@@ -246,6 +254,10 @@ class StoredSequences:
             num_rounds=0,
             num_draft_steps=0,
         )
+
+
+def _key(prompt: Tensor, stream: int) -> str:
+    return f"{stream}:{_digest(prompt.numpy().tobytes())}"
 
 
 def _digest(data: bytes) -> str:

@@ -18,9 +18,8 @@ import yaml
 from axolotl.utils.dict import DictDefault
 from pydantic import BaseModel, ValidationError
 
-from axolotl_skd.config import (
-    Distillation,
-    DistillationArgs,
+from axolotl_skd.config import Distillation, DistillationArgs, read_distillation
+from axolotl_skd.config_blocks import (
     EvalConfig,
     GateConfig,
     LossConfig,
@@ -29,7 +28,6 @@ from axolotl_skd.config import (
     TeacherConfig,
     TopKSchedule,
     TopKTarget,
-    read_distillation,
 )
 from axolotl_skd.losses.divergences import DIVERGENCES
 from axolotl_skd.losses.gates import GATES
@@ -137,6 +135,7 @@ def test_counts_are_whole_and_at_least_1(key: str, value: Any) -> None:
         ({"eval": {"tasks": ["a"], "limit": 0}}, "eval.limit"),
         ({"eval": {"tasks": ["a"], "batch_size": 0}}, "eval.batch_size"),
         ({"eval": {"tasks": ["a"], "at": ["middle"]}}, "eval.at"),
+        ({"eval": {"tasks": ["a"], "backend": "sglang"}}, "eval.backend"),
     ],
 )
 def test_other_values_out_of_bounds_are_refused_where_they_stand(keys: Any, where: str) -> None:
@@ -230,7 +229,7 @@ def test_a_k_that_changes_is_refused_where_it_is_wrong(top_k: dict[str, Any], wo
 
 def test_both_quantisations_at_once_are_refused() -> None:
     message = refusal(teacher={"base_model": "t", "load_in_4bit": True, "load_in_8bit": True})
-    assert "load_in_4bit and load_in_8bit are both true: set one of them" in message
+    assert "load_in_4bit and load_in_8bit are set together: set one of them" in message
 
 
 @pytest.mark.parametrize("method", ["skd", "on_policy_kd", "supervised_kd", "seqkd"])
@@ -272,6 +271,60 @@ def test_cross_entropy_needs_ground_truth(method: str) -> None:
 @pytest.mark.parametrize("method", ["sft", "seqkd"])
 def test_there_is_nothing_to_mix_into_a_cross_entropy(method: str, loss: dict[str, float]) -> None:
     assert f"method {method!r} has cross-entropy alone" in refusal(method=method, loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("divergence", "forward_kl"),
+        ("jsd_beta", 0.3),
+        ("skew_alpha", 0.2),
+        ("loss_temperature", 2.0),
+    ],
+)
+@pytest.mark.parametrize("method", ["sft", "seqkd"])
+def test_a_cross_entropy_has_no_divergence_to_shape(method: str, key: str, value: Any) -> None:
+    message = refusal(method=method, loss={key: value})
+    assert f"loss.{key} is {value}, but method {method!r} has no divergence" in message
+    assert f"Remove {key}, or use" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "words"),
+    [
+        ("skd", {"jsd_beta": 0.3}, "the divergence is forward_kl (method 'skd')"),
+        ("gkd", {"jsd_beta": 0.3, "divergence": "reverse_kl"}, "set loss.divergence: jsd."),
+        ("gkd", {"skew_alpha": 0.2}, "set loss.divergence: skew_kl or skew_reverse_kl."),
+    ],
+)
+def test_a_key_of_another_divergence_is_refused(
+    method: str, loss: dict[str, Any], words: str
+) -> None:
+    assert words in refusal(method=method, loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [
+        ("gkd", {"jsd_beta": 0.3}),
+        ("skd", {"jsd_beta": 0.3, "divergence": "jsd"}),
+        ("skd", {"skew_alpha": 0.2, "divergence": "skew_reverse_kl"}),
+        ("skd", {"loss_temperature": 2.0}),
+        ("sft", {"jsd_beta": 0.5, "skew_alpha": 0.1, "loss_temperature": 1.0}),
+    ],
+)
+def test_a_key_of_the_loss_in_use_or_at_its_default_may_stay(
+    method: str, loss: dict[str, Any]
+) -> None:
+    assert distillation(method=method, loss=loss).loss == LossConfig(**loss)
+
+
+def test_a_fair_coin_has_no_other_share() -> None:
+    message = refusal(method="imitkd", lmbda=0.3)
+    assert "lmbda is 0.3, but method 'imitkd' tosses a fair coin" in message
+    # What belongs to other methods altogether stays out of the way of a change of `method:`.
+    for method in METHODS.keys() - {"imitkd"}:
+        assert distillation(method=method, lmbda=0.3, switch_at=0.2).lmbda == 0.3
 
 
 @pytest.mark.parametrize("loss", [{"ce_weight": -0.5}, {"kd_weight": 0}])
@@ -329,7 +382,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(keys: Any, wrong: str, near
 @pytest.mark.parametrize(
     "keys",
     [
-        {"teacher": {"base_model": "t", "adapter": "x"}},
+        {"teacher": {"base_model": "t", "sharded": True}},
         {"rollout": {"accept": "top_p"}},
     ],
 )
@@ -424,7 +477,7 @@ open(sys.argv[1], "w").write(json.dumps(answers))
 
 BAD_BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"rollout": {"teacher_topk": 3}}, "Did you mean 'teacher_top_k'?"),
-    "not implemented": ({"teacher": {"adapter": "x"}}, "unknown key 'adapter'"),
+    "not implemented": ({"teacher": {"sharded": True}}, "unknown key 'sharded'"),
     "unknown method": ({"method": "sdk"}, "Did you mean 'skd'?"),
     "bound": ({"rollout": {"student_top_p": 1.5}}, "distillation.rollout.student_top_p"),
     "no teacher": ({"teacher": {}}, "distillation.teacher.base_model is not set"),

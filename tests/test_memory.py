@@ -187,6 +187,14 @@ def test_an_offloaded_teacher_leaves_its_head(pair: tuple[CausalLM, CausalLM]) -
     assert mixed.training["teacher"] == whole
 
 
+def test_a_teacher_that_writes_and_goes(pair: tuple[CausalLM, CausalLM]) -> None:
+    parts = forecast(*pair, replace(SHAPE, source=Source.TEACHER), released=True)
+    assert parts.rollout["teacher"] == weight_bytes(pair[1])
+    slots = SHAPE.rows_in_flight * (SHAPE.prompt_tokens + SHAPE.new_tokens)
+    assert parts.rollout["KV caches"] == slots * kv_bytes(pair[1])
+    assert parts.training["teacher"] == 0
+
+
 def test_a_teacher_elsewhere_is_counted_there(pair: tuple[CausalLM, CausalLM]) -> None:
     teacher = CausalLM(tiny_model("llama", seed=2).to("meta"))
     parts = forecast(pair[0], teacher, SHAPE)

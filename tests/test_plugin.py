@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -271,3 +272,41 @@ def test_data_sets_are_loaded_by_axolotl_and_checked_by_us(
     assert meta.train_dataset["input_ids"] == [[3, 4, 0]]  # the other prompt has 4 tokens
     assert meta.total_num_steps == 1
     assert pair_cfg.device_map == {"": "cpu"}
+
+
+def test_an_evaluation_that_cannot_be_made_stops_before_data_sets_are_loaded(
+    pair_cfg: DictDefault, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise AssertionError("data sets were loaded first")
+
+    monkeypatch.setattr(plugin, "load_datasets", refuse)
+    monkeypatch.setenv("SKD_DATA_DIR", str(tmp_path))
+    pair_cfg.distillation["eval"] = {"tasks": ["skd_svamp"], "at": ["end"]}
+    for preprocess in (True, False):
+        with pytest.raises(ConfigConflictError, match="eval.tasks: skd_svamp: SKD_DATA_DIR is"):
+            SKDPlugin().load_datasets(pair_cfg, preprocess=preprocess)
+    pair_cfg.distillation["eval"] = {"tasks": ["skd_tiny_arithmetic"]}
+    with pytest.raises(ConfigConflictError, match="apply_chat_template: true, but .* no chat temp"):
+        SKDPlugin().load_datasets(pair_cfg)
+
+
+def test_the_scores_of_the_end_go_to_the_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, handed, scores = with_block(), [], {"task": {"acc": 0.5}}
+    cfg.distillation["eval"] = {"tasks": ["skd_tiny_arithmetic"]}
+    monkeypatch.setattr(plugin, "assemble", lambda *_, **__: "description")
+    monkeypatch.setattr(plugin, "check_models", lambda *_: None)
+    monkeypatch.setattr(plugin, "evaluate_end", lambda *_: scores)
+    monkeypatch.setattr(plugin.TrackedScores, "log_end", lambda _, scores: handed.append(scores))
+    added: list[Any] = []
+    trainer = SimpleNamespace(
+        processing_class=None,
+        callback_handler=SimpleNamespace(callbacks=added),
+        add_callback=added.append,
+    )
+    hooks = SKDPlugin()
+    hooks.post_train_unload(cfg)  # without a trainer there are no trackers
+    hooks.post_trainer_create(cfg, trainer)
+    assert [type(callback).__name__ for callback in added] == ["StartLineCallback", "TrackedScores"]
+    hooks.post_train_unload(cfg)
+    assert handed == [scores]

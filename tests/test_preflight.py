@@ -10,7 +10,8 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.enums import RLType
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from axolotl_skd.config import Distillation, GateConfig
+from axolotl_skd.config import Distillation
+from axolotl_skd.config_blocks import GateConfig
 from axolotl_skd.preflight import (
     ConfigConflictError,
     check_block_is_there,

@@ -18,7 +18,9 @@ from axolotl_skd.prompts import DATASET_TYPE
 USER = {"role": "user", "content": "What is 2 plus 3?"}
 ANSWER = {"role": "assistant", "content": "It is 5."}
 SYSTEM = {"role": "system", "content": "Be short."}
-CFG = DictDefault(sequence_len=256, train_on_inputs=False)
+CFG = DictDefault(sequence_len=256, train_on_inputs=False, distillation={"method": "skd"})
+MESSAGES = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+JINJA = MESSAGES + "{% if add_generation_prompt %}[{% endif %}"
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +56,40 @@ def test_keys_of_the_data_set_and_the_config_are_honoured(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     keys = {"field_messages": "talk", "chat_template": "jinja"}
-    keys["chat_template_jinja"] = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    keys["chat_template_jinja"] = JINJA
     keys["message_property_mappings"] = {"role": "from", "content": "value"}
     prompt = row(
         tokenizer, DATASET_TYPE, {"talk": [{"from": "human", "value": "2 plus 3?"}]}, **keys
     )
-    assert tokenizer.decode(prompt["input_ids"][:-1]) == "[2 plus 3?]"
+    assert tokenizer.decode(prompt["input_ids"][:-1]) == "[2 plus 3?]["
+
+
+def test_tools_are_in_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    keys = {
+        "chat_template": "jinja",
+        "chat_template_jinja": "{{ (tools or [{}])[0]['name'] }}" + JINJA,
+    }
+    prompt = row(tokenizer, DATASET_TYPE, {"messages": [USER], "tools": [{"name": "sum"}]}, **keys)
+    assert tokenizer.decode(prompt["input_ids"][:-1]).startswith("sum[")
+
+
+def test_a_template_that_does_not_say_where_answers_begin_is_refused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    keys = {"chat_template": "jinja", "chat_template_jinja": template}
+    with pytest.raises(ValueError, match="ignores add_generation_prompt"):
+        row(tokenizer, DATASET_TYPE, {"messages": [USER]}, **keys)
+    # Without a header there is nothing to say.
+    keys["chat_template_jinja"] = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    row(tokenizer, DATASET_TYPE, {"messages": [USER]}, **keys)
+
+
+def test_without_distillation_nothing_would_replace_the_stand_ins(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    with pytest.raises(ValueError, match="plain fine-tuning would train on the end-of-sequence"):
+        load(DATASET_TYPE, tokenizer, DictDefault(sequence_len=256), DictDefault(path="x"))
 
 
 @pytest.mark.parametrize("messages", [[], None, [ANSWER]])

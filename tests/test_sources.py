@@ -231,3 +231,16 @@ def test_rows_are_skipped_only_if_asked_and_never_all() -> None:
     options = {"sample": failing({1, 2}), "skip_non_finite": True}
     with pytest.raises(NonFiniteLogitsError):
         source(1.0, **options).complete([batch([0, 1, 5])], 0, 0.0)
+
+
+def test_a_window_masked_as_a_whole_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    def endless(prompts: Any, params: Any) -> Any:
+        rollout = keyed_echo(prompts, params)
+        return replace(
+            rollout, finish_reasons=torch.full_like(rollout.finish_reasons, FinishReason.LENGTH)
+        )
+
+    masking = source(1.0, sample=endless, mask_truncated=True)
+    for _ in range(2):
+        masking.complete([batch([1, 2, 3])], 0, 0.0)
+    assert caplog.text.count("all rollouts of a step ran to") == 1

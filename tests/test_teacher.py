@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from axolotl_skd.config import TeacherConfig
+from axolotl_skd.config_blocks import TeacherConfig
 from axolotl_skd.memory import stored_bytes
 from axolotl_skd.resources import resource_path
 from axolotl_skd.rollout.engine import RolloutEngine

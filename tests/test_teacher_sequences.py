@@ -63,14 +63,14 @@ class Teacher:
 
 def make(
     folder: Path, teacher: Teacher, requests: list[Request] = REQUESTS, **ranks: Any
-) -> dict[int, TeacherSequence]:
+) -> dict[str, TeacherSequence]:
     return make_sequences(
         requests, folder, teacher, PARAMS, max_new_tokens=3, batch_size=2, **ranks
     )
 
 
 EXPECTED = {
-    request.stream: TeacherSequence(
+    request.key: TeacherSequence(
         (request.stream,) * (i % 3 + 1), FinishReason.LENGTH if i % 3 == 2 else FinishReason.STOP
     )
     for i, request in enumerate(REQUESTS)
@@ -121,14 +121,34 @@ def test_other_prompts_and_streams_are_other_sequences(tmp_path: Path) -> None:
     assert teacher.asked == [101, 300]
 
 
+def test_a_stream_that_two_prompts_share_is_two_sequences(tmp_path: Path) -> None:
+    """As where an id column is not unique."""
+    twins = [Request(torch.tensor(ids), stream=300, sample=5) for ids in ([5, 1], [5, 2])]
+    made = make(tmp_path, Teacher(), twins)
+    assert made.keys() == {twin.key for twin in twins} and len(made) == 2
+
+
+def test_only_the_first_rank_removes_what_is_corrupt(tmp_path: Path) -> None:
+    make(tmp_path, Teacher())
+    victim = next(path for path in tmp_path.iterdir() if b"[[102" in path.read_bytes())
+    content = victim.read_bytes()
+    victim.write_bytes(b"")
+    # By the time that the others read, the first rank has removed it.
+    make(tmp_path, Teacher(), rank=1, num_ranks=2, barrier=lambda: victim.write_bytes(content))
+    assert victim.exists()
+
+
 def test_ranks_make_their_shares_and_wait(tmp_path: Path) -> None:
     """Rank 1 works while rank 0 waits; part of the shares was there before, from one rank alone."""
     make(tmp_path, Teacher(), REQUESTS[:3])
     teachers = [Teacher(), Teacher()]
-    others: list[dict[int, TeacherSequence]] = []
+    others: list[dict[str, TeacherSequence]] = []
+    barriers = []
 
     def barrier() -> None:
-        others.append(make(tmp_path, teachers[1], rank=1, num_ranks=2))
+        barriers.append(None)
+        if len(barriers) == 2:  # the first one comes before anybody reads
+            others.append(make(tmp_path, teachers[1], rank=1, num_ranks=2))
 
     assert make(tmp_path, teachers[0], rank=0, num_ranks=2, barrier=barrier) == EXPECTED
     assert others == [EXPECTED]
@@ -158,8 +178,10 @@ def test_a_fingerprint_is_that_of_weights_and_configuration(tmp_path: Path) -> N
 
 
 def test_stored_sequences_come_as_a_rollout() -> None:
-    streams = torch.tensor([102, 100, 102])
-    prompts = Prompts((torch.tensor([1]),) * 3, streams, torch.full((3,), 3))
+    asked = [REQUESTS[2], REQUESTS[0], REQUESTS[2]]
+    streams = torch.tensor([request.stream for request in asked])
+    ids = tuple(request.prompt for request in asked)
+    prompts = Prompts(ids, streams, torch.full((3,), 3))
     rollout = StoredSequences(EXPECTED)(prompts, PARAMS)
     assert [row.tolist() for row in rollout.unpadded()] == [[102] * 3, [100], [102] * 3]
     assert rollout.finish_reasons.tolist() == [1, 0, 1]

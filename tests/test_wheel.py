@@ -35,10 +35,12 @@ def test_contents(wheel: Path) -> None:
         "axolotl_skd/evals/skd_tiny_arithmetic/skd_tiny_arithmetic.yaml",
         "axolotl_skd/evals/skd_tiny_arithmetic/test.jsonl",
         "axolotl_skd/example_configs/skd_tiny.yml",
+        "axolotl_skd/example_configs/paper/math_qwen_skd.yml",
         "axolotl_skd/example_configs/tiny/teacher/model.safetensors",
         "axolotl_skd/example_configs/tiny/student/tokenizer.json",
     ):
         assert expected in names
+    assert not [name for name in names if "__pycache__" in name]
 
 
 def test_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
@@ -69,5 +71,6 @@ print(axolotl_skd.SKDPlugin.__module__)
     tasks = " ".join(available_tasks())
     assert f"{package / 'evals'} {package / 'example_configs'} {tasks}" in lines
     assert (package / "evals" / "skd_math" / "_boxed_answer").is_file()
-    assert "axolotl.cli_commands ['keys', 'path', 'score', 'to-chat']" in lines
+    commands = ["eval", "keys", "path", "score", "speedup", "to-chat"]
+    assert f"axolotl.cli_commands {commands}" in lines
     assert "axolotl_skd.plugin" in lines

@@ -49,14 +49,25 @@ class DataSource:
             DataUnavailableError: naming the files and the repository that were tried.
             ValueError: if a file is broken.
         """
-        folder = os.environ.get(DATA_VARIABLE)
-        return self._local(Path(folder).expanduser()) if folder else self._hub()
+        folder = local_folder()
+        return self._local(folder) if folder else self._hub()
+
+    def check_local(self, folder: Path) -> None:
+        """Refuse a local folder without the files that `load` would read; opens none.
+
+        Raises:
+            DataUnavailableError: as `load`.
+        """
+        self._local_files(folder)
 
     def _local(self, folder: Path) -> list[Row]:
+        return [row for path in self._local_files(folder) for row in read_rows(path)]
+
+    def _local_files(self, folder: Path) -> list[Path]:
         for patterns in self.files:
             found = [sorted(folder.glob(pattern)) for pattern in patterns]
             if all(found):
-                return [row for path in chain.from_iterable(found) for row in read_rows(path)]
+                return list(chain.from_iterable(found))
         raise DataUnavailableError(
             f"{DATA_VARIABLE} is {str(folder)!r}, and that folder has no data for {self.repo}. Put "
             f"one of these there: {self._file_names()}; or unset {DATA_VARIABLE} to load "
@@ -82,6 +93,12 @@ class DataSource:
 
     def _file_names(self) -> str:
         return ", or ".join(" and ".join(patterns) for patterns in self.files)
+
+
+def local_folder() -> Path | None:
+    """The folder that `SKD_DATA_DIR` names; None = data come from the hub."""
+    folder = os.environ.get(DATA_VARIABLE)
+    return Path(folder).expanduser() if folder else None
 
 
 def read_rows(path: Path) -> list[Row]:

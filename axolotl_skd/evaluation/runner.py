@@ -11,20 +11,23 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from axolotl_skd.evaluation.models import EvalModel, EvalSettings, adapter_config, vllm_lora_rank
 from axolotl_skd.evaluation.tasks import check_tasks
 from axolotl_skd.resources import resource_path
 
 LOG = logging.getLogger(__name__)
 
 _TAIL_LINES = 20
+# Share of the GPU that vLLM reserves; the training process that waits keeps a CUDA context there.
+_VLLM_MEMORY = 0.8
 
 # Set by torchrun, accelerate, deepspeed and MPI for each of their workers.
 _LAUNCHER_VARIABLES = frozenset(
@@ -64,70 +67,60 @@ class EvaluationError(RuntimeError):
     """An evaluation that did not finish: lm-eval's last lines and the command to run it again."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalModel:
-    """A saved model as lm-eval's Hugging Face backend loads it.
-
-    Attributes:
-        base_model: folder or hub id of the full model.
-        device: a torch device, e.g. `"cuda:0"` or `"cpu"`.
-        adapter: folder or hub id of a PEFT adapter on top of it.
-        tokenizer: folder or hub id of the tokenizer; None = the base model's.
-        dtype: torch dtype of the weights by name; `"auto"` = as saved.
-        trust_remote_code: run code that comes with the model.
-    """
-
-    base_model: str
-    device: str
-    adapter: str | None = None
-    tokenizer: str | None = None
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-
-
 def lm_eval_command(
-    model: EvalModel,
-    *,
-    tasks: Sequence[str],
-    output_dir: Path,
-    limit: int | float | None = None,
-    batch_size: int | str = 8,
-    apply_chat_template: bool = True,
+    model: EvalModel, settings: EvalSettings, *, tasks: Sequence[str], output_dir: Path
 ) -> list[str]:
     """The command line that evaluates `model` on bundled `tasks`.
 
     Args:
         model: what to load.
+        settings: how to run it.
         tasks: names of bundled tasks.
         output_dir: folder that receives `results_<time>.json`; made if it is not there.
-        limit: first rows per task, or their share if below 1; None = all rows.
-        batch_size: rows per generation batch, or lm-eval's `"auto"`.
-        apply_chat_template: wrap each question with the tokenizer's chat template.
     """
     command = [sys.executable, "-m", "lm_eval", "run"]
     # As JSON, because in the key=value form a comma or brace in a path ends the value, and a model
     # named by a number becomes one.
-    command += ["--model", "hf", "--model_args", json.dumps(_model_args(model))]
+    command += [
+        "--model",
+        settings.backend,
+        "--model_args",
+        json.dumps(_model_args(model, settings)),
+    ]
     command += ["--include_path", str(resource_path("evals")), "--tasks", ",".join(tasks)]
-    command += ["--device", model.device, "--batch_size", str(batch_size)]
+    if settings.backend == "vllm":
+        # It fills the batch by itself, and takes the first visible GPU.
+        command += ["--batch_size", "auto"]
+    else:
+        command += ["--device", model.device, "--batch_size", str(settings.batch_size)]
     # Named as a file: in a bare folder lm-eval makes a subfolder from the model's whole path, and
     # when that name is too long for the file system it only warns and saves nothing.
     command += ["--output_path", str(output_dir / "results.json")]
-    if limit is not None:
-        command += ["--limit", str(limit)]
-    if apply_chat_template:
+    if settings.limit is not None:
+        command += ["--limit", str(settings.limit)]
+    if settings.apply_chat_template:
         command.append("--apply_chat_template")
+    if settings.log_samples is not None:
+        command.append("--log_samples")
     return command
 
 
-def _model_args(model: EvalModel) -> dict[str, Any]:
-    optional = {"peft": model.adapter, "tokenizer": model.tokenizer}
-    return {
+def _model_args(model: EvalModel, settings: EvalSettings) -> dict[str, Any]:
+    args: dict[str, Any] = {
         "pretrained": model.base_model,
-        **{key: value for key, value in optional.items() if value is not None},
+        "revision": model.revision,
+        "tokenizer": model.tokenizer,
         "dtype": model.dtype,
-        **({"trust_remote_code": True} if model.trust_remote_code else {}),
+        "trust_remote_code": model.trust_remote_code or None,
     }
+    if settings.backend == "vllm":
+        args["gpu_memory_utilization"] = _VLLM_MEMORY
+        if model.adapter is not None:
+            args["lora_local_path"] = model.adapter
+            args["max_lora_rank"] = vllm_lora_rank(adapter_config(model.adapter))
+    else:
+        args["peft"] = model.adapter
+    return {key: value for key, value in args.items() if value is not None}
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -140,12 +133,7 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_tasks(
-    model: EvalModel,
-    *,
-    tasks: Sequence[str],
-    limit: int | float | None = None,
-    batch_size: int | str = 8,
-    apply_chat_template: bool = True,
+    model: EvalModel, settings: EvalSettings, *, tasks: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """Evaluate `model` on bundled `tasks` and wait for the result.
 
@@ -161,14 +149,7 @@ def run_tasks(
     """
     check_tasks(tasks)
     with tempfile.TemporaryDirectory(prefix="axolotl_skd_eval_") as folder:
-        command = lm_eval_command(
-            model,
-            tasks=tasks,
-            output_dir=Path(folder),
-            limit=limit,
-            batch_size=batch_size,
-            apply_chat_template=apply_chat_template,
-        )
+        command = lm_eval_command(model, settings, tasks=tasks, output_dir=Path(folder))
         LOG.info("evaluating on %s: %s", ", ".join(tasks), shlex.join(command))
         child = subprocess.run(
             command,
@@ -185,6 +166,10 @@ def run_tasks(
         if child.returncode != 0 or not written:
             raise EvaluationError(_failure(child, command))
         results = json.loads(written[-1].read_text(encoding="utf-8"))["results"]
+        if settings.log_samples is not None:
+            settings.log_samples.mkdir(parents=True, exist_ok=True)
+            for samples in Path(folder).glob("samples_*.jsonl"):
+                shutil.move(samples, settings.log_samples / samples.name)
     for name in _unmeasured(results):
         LOG.warning("%s could not be computed; to see why: %s", name, shlex.join(command))
     return _plain_metrics(results)

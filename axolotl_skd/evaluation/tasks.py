@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
 import yaml
@@ -23,17 +23,40 @@ def available_tasks() -> list[str]:
     Raises:
         FileNotFoundError: if the bundled folder is missing.
     """
+    return sorted(_members())
+
+
+def leaf_tasks(names: Iterable[str]) -> list[str]:
+    """The tasks that `names` stand for, their groups taken apart, each once, in order.
+
+    Raises:
+        ValueError: for a name that is not bundled.
+    """
+    names = list(names)
+    check_tasks(names)
+    members = _members()
+
+    def leaves(name: str) -> Iterator[str]:
+        if members[name] is None:
+            yield name
+        for member in members[name] or ():
+            yield from leaves(member)
+
+    return list(dict.fromkeys(leaf for name in names for leaf in leaves(name)))
+
+
+def _members() -> dict[str, list[str] | None]:
+    """Name -> the members of a group, None for a task."""
     configs = (
         yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
         for path in resource_path("evals").rglob("*.yaml")
     )
-    names = (
+    return {
         # A group's `task:` is the list of its members.
-        config.get("group") or config.get("task")
+        config.get("group") or config["task"]: config["task"] if "group" in config else None
         for config in configs
         if isinstance(config, dict)
-    )
-    return sorted(name for name in names if isinstance(name, str))
+    }
 
 
 def check_tasks(names: Iterable[str]) -> None:

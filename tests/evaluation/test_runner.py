@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import math
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from axolotl_skd.evaluation import runner
+from axolotl_skd.evaluation.models import EvalModel, EvalSettings
 from axolotl_skd.evaluation.runner import (
-    EvalModel,
     EvaluationError,
     child_environment,
     lm_eval_command,
@@ -32,7 +35,10 @@ def option(command: list[str], name: str) -> str:
 
 def test_the_command_of_a_full_model(tmp_path: Path) -> None:
     command = lm_eval_command(
-        EvalModel(base_model="org/model", device="cuda:1"), tasks=[TASK, "b"], output_dir=tmp_path
+        EvalModel(base_model="org/model", device="cuda:1"),
+        EvalSettings(),
+        tasks=[TASK, "b"],
+        output_dir=tmp_path,
     )
     assert command[:4] == [sys.executable, "-m", "lm_eval", "run"]
     assert json.loads(option(command, "--model_args")) == {
@@ -45,28 +51,26 @@ def test_the_command_of_a_full_model(tmp_path: Path) -> None:
     assert option(command, "--device") == "cuda:1"
     assert Path(option(command, "--output_path")).parent == tmp_path
     assert command[-1] == "--apply_chat_template"
-    assert "--limit" not in command
+    assert "--limit" not in command and "--log_samples" not in command
 
 
 def test_the_command_of_an_adapter_with_awkward_paths(tmp_path: Path) -> None:
     model = EvalModel(
         base_model="/a,b=c/{1}",
         device="cpu",
+        revision="v2",
         adapter="/lr=1e-4, run 2",
         tokenizer="7",
         dtype="bfloat16",
         trust_remote_code=True,
     )
-    command = lm_eval_command(
-        model,
-        tasks=[TASK],
-        output_dir=tmp_path,
-        limit=0.5,
-        batch_size="auto",
-        apply_chat_template=False,
+    settings = EvalSettings(
+        limit=0.5, batch_size="auto", apply_chat_template=False, log_samples=tmp_path
     )
+    command = lm_eval_command(model, settings, tasks=[TASK], output_dir=tmp_path)
     assert json.loads(option(command, "--model_args")) == {
         "pretrained": "/a,b=c/{1}",
+        "revision": "v2",
         "peft": "/lr=1e-4, run 2",
         "tokenizer": "7",
         "dtype": "bfloat16",
@@ -75,6 +79,80 @@ def test_the_command_of_an_adapter_with_awkward_paths(tmp_path: Path) -> None:
     assert option(command, "--limit") == "0.5"
     assert option(command, "--batch_size") == "auto"
     assert "--apply_chat_template" not in command
+    assert command[-1] == "--log_samples"
+
+
+def constructor_arguments(module: str, name: str) -> set[str]:
+    """Of a class of lm-eval, from its source: vLLM's wrapper cannot be imported without vLLM."""
+    package = importlib.util.find_spec("lm_eval").submodule_search_locations[0]
+    tree = ast.parse(Path(package, "models", module).read_text(encoding="utf-8"))
+    (cls,) = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == name]
+    (init,) = [n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    return {argument.arg for argument in init.args.args}
+
+
+def save_adapter_config(folder: Path, **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_command_of_vllm(tmp_path: Path) -> None:
+    adapter = save_adapter_config(tmp_path / "adapter", r=24)
+    model = EvalModel(
+        base_model="org/base",
+        device="cuda:0",
+        revision="v2",
+        adapter=str(adapter),
+        tokenizer="tok",
+        trust_remote_code=True,
+    )
+    command = lm_eval_command(
+        model, EvalSettings(backend="vllm"), tasks=[TASK], output_dir=tmp_path
+    )
+    args = json.loads(option(command, "--model_args"))
+    assert option(command, "--model") == "vllm"
+    assert option(command, "--batch_size") == "auto"
+    assert "--device" not in command
+    assert args == {
+        "pretrained": "org/base",
+        "revision": "v2",
+        "tokenizer": "tok",
+        "dtype": "auto",
+        "trust_remote_code": True,
+        "gpu_memory_utilization": 0.8,
+        "lora_local_path": str(adapter),
+        "max_lora_rank": 32,
+    }
+    # vLLM's own argument, which lm-eval 0.4.13 hands through without naming it.
+    named = set(args) - {"gpu_memory_utilization"}
+    assert named <= constructor_arguments("vllm_causallms.py", "VLLM")
+
+
+def test_vllm_without_an_adapter_has_no_lora(tmp_path: Path) -> None:
+    model = EvalModel(base_model="m", device="cuda:0")
+    settings = EvalSettings(backend="vllm")
+    command = lm_eval_command(model, settings, tasks=[TASK], output_dir=tmp_path)
+    assert set(json.loads(option(command, "--model_args"))) == {
+        "pretrained",
+        "dtype",
+        "gpu_memory_utilization",
+    }
+
+
+def test_all_arguments_of_the_hugging_face_backend_exist(tmp_path: Path) -> None:
+    model = EvalModel(
+        base_model="b",
+        device="cpu",
+        revision="r",
+        adapter="a",
+        tokenizer="t",
+        trust_remote_code=True,
+    )
+    command = lm_eval_command(model, EvalSettings(), tasks=[TASK], output_dir=tmp_path)
+    args = json.loads(option(command, "--model_args"))
+    assert len(args) == 6
+    assert set(args) <= constructor_arguments("huggingface.py", "HFLM")
 
 
 def test_the_child_does_not_see_the_launcher() -> None:
@@ -123,7 +201,9 @@ def test_importing_the_runner_is_light() -> None:
 
 def test_an_unknown_task_is_refused_before_anything_runs() -> None:
     with pytest.raises(ValueError, match="did you mean"):
-        run_tasks(EvalModel(base_model="x", device="cpu"), tasks=["skd_tiny_aritmetic"])
+        run_tasks(
+            EvalModel(base_model="x", device="cpu"), EvalSettings(), tasks=["skd_tiny_aritmetic"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +221,7 @@ def test_a_failing_child_is_reported_with_its_tail_and_command(
     command = [sys.executable, "-c", script]
     monkeypatch.setattr(runner, "lm_eval_command", lambda *_, **__: command)
     with pytest.raises(EvaluationError, match=cause) as caught:
-        run_tasks(EvalModel(base_model="x", device="cpu"), tasks=[TASK])
+        run_tasks(EvalModel(base_model="x", device="cpu"), EvalSettings(), tasks=[TASK])
     message = str(caught.value)
     assert "line 99." in message and "line 80." in message and "line 79." not in message
     assert shlex.join(command) in message
@@ -192,10 +272,16 @@ def test_a_tiny_model_is_evaluated_end_to_end(
     folder = tmp_path / "lr=0.1,tiny"
     make_tiny_model(folder)
 
+    samples = tmp_path / "new" / "samples"
     results = run_tasks(
-        EvalModel(base_model=str(folder), device="cpu"), tasks=[TASK], limit=3, batch_size=2
+        EvalModel(base_model=str(folder), device="cpu"),
+        EvalSettings(limit=3, batch_size=2, log_samples=samples),
+        tasks=[TASK],
     )
 
     assert set(results) == {TASK}
     assert set(results[TASK]) == {"acc", "acc_stderr", "has_answer", "has_answer_stderr"}
     assert all(0 <= value <= 1 for value in results[TASK].values())
+    (file,) = samples.iterdir()
+    assert file.name.startswith(f"samples_{TASK}_")
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 3

@@ -32,3 +32,16 @@ def test_names_are_read_without_resolving_functions(
     (tmp_path / "group.yaml").write_text("group: g\ntask: [a, b]\n")
     (tmp_path / "empty.yaml").touch()
     assert tasks.available_tasks() == ["a", "b", "g"]
+
+
+def test_groups_are_taken_apart_each_task_once() -> None:
+    held_out = ["skd_math", "skd_gsm_plus", "skd_asdiv", "skd_svamp"]
+    assert tasks.leaf_tasks(["skd_svamp", "skd_math_heldout"]) == ["skd_svamp", *held_out[:3]]
+    assert tasks.leaf_tasks(["skd_paper"]) == [
+        "skd_gsm8k",
+        *held_out,
+        "skd_dialogsum",
+        "skd_flores_asm_eng",
+    ]
+    with pytest.raises(ValueError, match="skd_papers"):
+        tasks.leaf_tasks(["skd_papers"])

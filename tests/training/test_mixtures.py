@@ -51,6 +51,17 @@ def test_gkd_has_its_limits(pair: Path, tmp_path: Path, lmbda: float, equal: str
     assert largest_difference(*runs) < 1e-6
 
 
+def test_imitkd_is_gkd_with_a_fair_coin_and_forward_kl(pair: Path, tmp_path: Path) -> None:
+    """That the coin is fair, within a bound on false alarms: tests/test_sources.py."""
+    imitkd = run_training(base_config(pair, method="imitkd"), tmp_path / "imitkd")
+    config = base_config(pair, method="gkd")
+    config["distillation"] |= {"lmbda": 0.5, "loss": {"divergence": "forward_kl"}}
+    gkd = run_training(config, tmp_path / "gkd")
+    assert largest_difference(weights(imitkd), weights(gkd)) == 0
+    shares = [line["rollout/share"] for line in imitkd.state.log_history if "loss" in line]
+    assert 0 < sum(shares) < len(shares)
+
+
 def test_mixed_skd_of_everything_is_skd(pair: Path, tmp_path: Path) -> None:
     runs = []
     for method in ("mixed_skd", "skd"):

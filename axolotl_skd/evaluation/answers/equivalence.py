@@ -12,6 +12,7 @@ from axolotl_skd.evaluation.answers.formulas import proportional, same_formula
 from axolotl_skd.evaluation.answers.notations import (
     same_base,
     same_choice,
+    same_date,
     same_ratio,
     text_key,
     words,
@@ -133,7 +134,7 @@ def _same_single(gold: str, prediction: str) -> bool:
     verdict = _same_relation(gold, prediction)
     if verdict is not None:
         return verdict
-    for special in (same_base, same_ratio, same_choice):
+    for special in (same_base, same_ratio, same_date, same_choice):
         verdict = special(gold, prediction)
         if verdict is not None:
             return verdict

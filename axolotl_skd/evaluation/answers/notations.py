@@ -1,4 +1,4 @@
-r"""Answers in notations of their own: words, multiple choice, number bases, ratios and times.
+r"""Answers in notations of their own: words, multiple choice, number bases, ratios, times, dates.
 
 Each `same_...` gives a verdict, or None where neither answer (or not the gold one) is of its kind.
 """
@@ -21,6 +21,7 @@ _BASES = {
 }  # fmt: skip
 _RATIO = re.compile(r"(?P<first>[^:]+):(?P<second>[^:]+)")
 _CLOCK = re.compile(r"[0-9]{1,2}:[0-5][0-9](?::[0-5][0-9])?")
+_DATE = re.compile(r"([0-9]{4})-(0?[1-9]|1[0-2])-(0?[1-9]|[12][0-9]|3[01])")
 _CHOICE = re.compile(r"\(?([A-Ha-h])[).]?")
 _CHOICE_WITH_TEXT = re.compile(
     r"(?:\(([A-H])\)|([A-H])[).:])\s+(?!.*(?<![A-Za-z])[A-H](?![A-Za-z]))\S.*"
@@ -93,6 +94,16 @@ def same_ratio(gold: str, prediction: str) -> bool | None:
     if None in ratios:
         return text_key(gold) == text_key(prediction)
     return ratios[0] == ratios[1]
+
+
+def same_date(gold: str, prediction: str) -> bool | None:
+    """`2024-01-02` is no difference of numbers: only the same day is the same."""
+    dates = _DATE.fullmatch(gold), _DATE.fullmatch(prediction)
+    if dates == (None, None):
+        return None
+    if None in dates:
+        return False
+    return [*map(int, dates[0].groups())] == [*map(int, dates[1].groups())]
 
 
 def _clock(text: str) -> list[int]:
