@@ -23,14 +23,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def survive_full_disk(trainer: Trainer) -> None:
     """Let a trainer's callbacks and this process's console fail for want of space."""
-    handler = trainer.callback_handler
-    trainer.callback_handler = ForgivingCallbackHandler(
-        handler.callbacks,
-        handler.model,
-        handler.processing_class,
-        handler.optimizer,
-        handler.lr_scheduler,
-    )
+    trainer.callback_handler = ForgivingCallbackHandler(trainer.callback_handler)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, ForgivingStream):
@@ -40,8 +33,13 @@ def survive_full_disk(trainer: Trainer) -> None:
 class ForgivingCallbackHandler(CallbackHandler):
     """Calls each callback by itself: one that finds the disk full keeps no other from its turn."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, handler: CallbackHandler) -> None:
+        """
+        Args:
+            handler: the trainer's, of which this one takes everything over, its list of callbacks too:
+                others may hold it already.
+        """
+        vars(self).update(vars(handler))
         self._warned: set[str] = set()
 
     def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:

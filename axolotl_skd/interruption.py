@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +48,9 @@ class Interruption(TrainerCallback):
         self._previous: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._previous = signal.signal(signal.SIGINT, self._ask)
+        # Signals belong to the main thread; Ray trains in another.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._ask)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._on_any_rank(self._asked_at is not None) and state.global_step < state.max_steps:
@@ -54,7 +58,8 @@ class Interruption(TrainerCallback):
             self.stopped_at = state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
 
     def _ask(self, signum: int, frame: Any) -> None:
         now = time.monotonic()
@@ -73,10 +78,11 @@ def say_how_to_go_on(step: int, output_dir: str, config_path: str) -> None:
     if not is_first_rank():
         return
     checkpoint = os.path.join(output_dir, f"checkpoint-{step}")
+    command = shlex.join(["axolotl", "train", config_path, "--resume-from-checkpoint", checkpoint])
     LOG.warning(
         f"Ended by Ctrl-C after step {step}. Saved: {checkpoint}, from which training can go on as if "
         f"it had not been interrupted, and in {output_dir} the student as it is now. To go on, with "
         f"the options of this run:\n"
-        f"  axolotl train {config_path} --resume-from-checkpoint {checkpoint}",
+        f"  {command}",
         main_process_only=False,  # which it is, but the process group that would know is gone
     )

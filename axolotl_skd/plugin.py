@@ -19,7 +19,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl_skd.assembly import assemble
 from axolotl_skd.before_after import evaluate_end, evaluate_start, start_scores
 from axolotl_skd.callbacks import StartLineCallback
-from axolotl_skd.checkpoints import choose_checkpoint
+from axolotl_skd.checkpoints import check_ranks_agree, choose_checkpoint
 from axolotl_skd.config import read_distillation
 from axolotl_skd.cpu import fit_to_cpu, on_cpu
 from axolotl_skd.data import DistillationCollator
@@ -113,7 +113,7 @@ class SKDPlugin(BasePlugin):
             prepared_path=Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH),
         )
         trainer.add_callback(StartLineCallback(description))
-        # Before the others look at the list of callbacks.
+        check_ranks_agree(cfg, trainer.accelerator)
         survive_full_disk(trainer)
         self._interruption = Interruption(trainer.on_any_rank)
         trainer.add_callback(self._interruption)

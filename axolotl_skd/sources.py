@@ -119,8 +119,7 @@ class RolloutSource:
             seed: of the keyed random numbers.
             pad_token_id, pad_to_multiple_of: as in `pad_rows`.
             top_k: K of each step, None where no top-K test is made.
-            skip_non_finite: leave rows out of the loss for which nothing can be sampled, unless they
-                are all there is.
+            skip_non_finite: leave rows out of the loss for which nothing can be sampled.
         """
         self._sample = sample
         self._source = source
@@ -214,13 +213,12 @@ class RolloutSource:
         sound, rollout = torch.ones(0, dtype=torch.bool), None
         if ids:
             key = torch.cat(keys)
-            num_rows = sum(len(batch["rolled_out"]) for batch in batches)
             rollout, sound = sample_sound_rows(
                 self._sample,
                 Prompts(tuple(ids), key, torch.full_like(key, self._max_new_tokens)),
                 self._params,
                 samples=samples,
-                most_skipped=num_rows - 1 if self._skip_non_finite else 0,
+                skip=self._skip_non_finite,
             )
         marked, sound = [], iter(sound.tolist())
         for batch in batches:

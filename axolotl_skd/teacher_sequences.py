@@ -100,7 +100,8 @@ def read_sequences(folder: Path) -> dict[str, TeacherSequence]:
     found = {}
     for path in sorted(folder.glob(f"*{_SUFFIX}")):
         for key, (ids, finish) in json.loads(path.read_bytes()).items():
-            found[key] = TeacherSequence(tuple(ids), FinishReason(finish))
+            if ids or key not in found:  # made at last, after it could not be sampled
+                found[key] = TeacherSequence(tuple(ids), FinishReason(finish))
     return found
 
 
@@ -137,7 +138,7 @@ def make_sequences(
         params: how to sample.
         max_new_tokens: longest completion.
         batch_size: sequences that are made, and kept, at a time.
-        skip_non_finite: note that nothing could be sampled, unless that is so of a whole batch.
+        skip_non_finite: where nothing can be sampled, keep that. Else it is tried again and stops.
         rank, num_ranks: of this process.
         barrier: waits for all ranks.
 
@@ -151,7 +152,7 @@ def make_sequences(
     if rank == 0:  # alone, and before anybody writes: a file made again has the same name
         remove_corrupt(folder)
     barrier()
-    known = read_sequences(folder)
+    known = {key: one for key, one in read_sequences(folder).items() if one.ids or skip_non_finite}
     # By position in the whole list: what is known may differ while other ranks already write.
     mine = {request.key: request for request in requests[rank::num_ranks]}
     wanted = [request for key, request in mine.items() if key not in known]
@@ -166,8 +167,7 @@ def make_sequences(
         ) as progress:
             for start in range(0, len(wanted), batch_size):
                 group = wanted[start : start + batch_size]
-                most_skipped = len(group) - 1 if skip_non_finite else 0
-                made = _made(group, sample, params, max_new_tokens, most_skipped)
+                made = _made(group, sample, params, max_new_tokens, skip_non_finite)
                 write_sequences(folder, made)
                 progress.update(len(group))
     except KeyboardInterrupt:
@@ -192,7 +192,7 @@ def _made(
     sample: Callable[[Prompts, SamplingParams], Rollout],
     params: SamplingParams,
     max_new_tokens: int,
-    most_skipped: int,
+    skip: bool,
 ) -> dict[str, TeacherSequence]:
     streams = torch.tensor([request.stream for request in group])
     prompts = Prompts(
@@ -205,9 +205,11 @@ def _made(
         prompts,
         params,
         samples=[request.sample for request in group],
-        most_skipped=most_skipped,
+        skip=skip,
     )
-    rows = iter(zip(rollout.unpadded(), rollout.finish_reasons.tolist(), strict=True))
+    rows = iter(())
+    if rollout is not None:
+        rows = iter(zip(rollout.unpadded(), rollout.finish_reasons.tolist(), strict=True))
     made = {}
     for request, is_sound in zip(group, sound.tolist(), strict=True):
         ids, finish = next(rows) if is_sound else (streams[:0], FinishReason.LENGTH)

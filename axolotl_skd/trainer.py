@@ -9,6 +9,7 @@ Legend: B rows, L padded length, N completion tokens of a micro-batch, H hidden 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ from axolotl_skd.methods import LossRecipe, Method, get_method
 from axolotl_skd.metrics import SKIPPED_ROWS, Counters
 from axolotl_skd.rollout.lm import CausalLM, rollout_mode
 from axolotl_skd.rollout.sampling import Role, keyed_uniform
-from axolotl_skd.sources import Batch, CompletionSource
+from axolotl_skd.sound_rows import rows_without_numbers
+from axolotl_skd.sources import Batch, CompletionSource, StoredHidden
 
 LOG = get_logger(__name__)
 
@@ -70,11 +72,6 @@ class Distiller:
     teacher_at_hand: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-def _rows_with_items(labels: Tensor) -> int:
-    """Rows [B, L] in which anything is trained on."""
-    return int((labels[:, 1:] != IGNORE_INDEX).any(dim=1).sum())
-
-
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
     """The causal LM inside an unwrapped student, below PEFT's wrapper (its layers stay in place)."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -92,7 +89,6 @@ class DistillationCore(Trainer):
         self.counters = Counters()
         models = {lm.model: lm for lm in (distiller.student, distiller.teacher) if lm is not None}
         loaded = sum(map(weight_bytes, models.values()))
-        self._rows_left = 0  # rows of the window of which the loss can be had
         self._peak_memory = PeakMemory(distiller.student.device, loaded)
         # Losses arrive normalised by the window's tokens: no second division by accumulation steps.
         # Axolotl's constructor turns this off, so it is set after it.
@@ -113,9 +109,61 @@ class DistillationCore(Trainer):
             batches, metrics = self._complete(batches)
             self.counters.add(metrics)
             if self._attached().skip_non_finite:
-                self.counters.add({SKIPPED_ROWS: (0, 1 / self.accelerator.num_processes)})
-                self._rows_left = sum(_rows_with_items(batch["labels"]) for batch in batches)
+                num_unsampled, _ = metrics.get(SKIPPED_ROWS, (0, 0))
+                batches = self._skip_bad_rows(batches, num_unsampled)
         return batches, self._num_items(batches, device)
+
+    def _skip_bad_rows(self, batches: list[Batch], num_unsampled: float) -> list[Batch]:
+        """Take out of a window the rows for which the teacher has no numbers.
+
+        Before its tokens are counted, so they are no part of the mean. The teacher's states are kept
+        for the loss.
+
+        Args:
+            batches: completed.
+            num_unsampled: rows that a rollout has taken out already.
+
+        Raises:
+            NonFiniteLossError: no row would be left on any rank.
+        """
+        num_bad = 0
+        if self.method.loss is not LossRecipe.CROSS_ENTROPY:
+            judged = [self._without_bad_rows(batch) for batch in batches]
+            batches, num_bad = [batch for batch, _ in judged], sum(bad for _, bad in judged)
+        self.counters.add({SKIPPED_ROWS: (num_bad, 1 / self.accelerator.num_processes)})
+        left = sum(int(self._items_by_row(batch["labels"]).sum()) for batch in batches)
+        totals = torch.tensor([left, num_unsampled + num_bad], device=self.accelerator.device)
+        left, skipped = self._reduce_sum(totals).tolist()
+        if skipped and not left:
+            raise NonFiniteLossError(
+                f"step {self.state.global_step + 1}: all that could be trained on was skipped "
+                f"({skipped:.0f} rows, named above) since its numbers are not finite. The weights were "
+                "not updated by it. A checkpoint or its dtype is broken (distillation.teacher.dtype), "
+                "or the student diverged: lower learning_rate."
+            )
+        return batches
+
+    def _without_bad_rows(self, batch: Batch) -> tuple[Batch, int]:
+        """A batch with the bad rows masked, and their number."""
+        labels = batch["labels"]
+        predicted = labels[:, 1:] != IGNORE_INDEX
+        targets, rows = self._teacher_targets(batch, predicted), predicted.nonzero()[:, 0]
+        chunk = chunk_size(self._attached().student.vocab_size)
+        bad = rows_without_numbers(targets, rows, chunk)
+        sound = predicted.any(dim=1)
+        sound[bad] = False
+        if len(bad):
+            LOG.warning(
+                "step %d: skipped, since the teacher's logits are not finite: sample(s) %s",
+                self.state.global_step + 1,
+                self._named(batch, bad),
+                main_process_only=False,
+            )
+            labels = labels.clone()
+            labels[bad] = IGNORE_INDEX
+        states = targets.hidden[sound[rows].to(targets.hidden.device)]
+        stored = StoredHidden(states, sound.cpu())
+        return {**batch, "labels": labels, "stored_hidden": stored}, len(bad)
 
     def _num_items(self, batches: list[Batch], device: torch.device) -> Tensor | None:
         """What the loss of a window is divided by: its tokens or sequences, over all ranks."""
@@ -181,40 +229,22 @@ class DistillationCore(Trainer):
         states = distiller.student.wrapped_states(
             model, inputs["input_ids"], inputs["attention_mask"]
         )
-        hidden, rows = states[:, :-1][predicted], predicted.nonzero()[:, 0]
+        hidden = states[:, :-1][predicted]
         tokens = self._tokens(inputs, predicted)
-        targets = None
-        if self.method.loss is not LossRecipe.CROSS_ENTROPY:
-            targets = self._teacher_targets(inputs, predicted)
-        total, losses = self._fused_loss(hidden, tokens, targets)
-        finite = losses.isfinite()
-        if not finite.all():
-            kept = self._without_bad_rows(hidden, rows, finite, inputs)
-            hidden, rows, tokens = hidden[kept], rows[kept], tokens.select(kept)
-            targets = targets and targets.select(kept)
-            total, losses = self._fused_loss(hidden, tokens, targets)
+        total, losses = fused_token_loss(
+            hidden,
+            distiller.student.logits,
+            distiller.student.head_module,
+            *distiller.objective.recipe(tokens, self._teacher_logits(inputs, predicted)),
+            chunk_size(distiller.student.vocab_size),
+        )
         if distiller.objective.gate is not None and torch.is_grad_enabled():
             accepted = (int(tokens.accepted.sum()), len(losses))
             self.counters.add({"gate/token_acceptance_rate": accepted})
+        rows = predicted.nonzero()[:, 0]
+        if not losses.isfinite().all():
+            raise self._non_finite(losses, hidden, rows, inputs)
         return total, losses, rows
-
-    def _fused_loss(
-        self, hidden: Tensor, tokens: Tokens, targets: TeacherTargets | None
-    ) -> tuple[Tensor, Tensor]:
-        """Sum (with gradient) and losses [N] (without), from the student's states [N, H]."""
-        student, teacher_logits = self._attached().student, None
-        if targets is not None:
-            # Where the student is.
-            def teacher_logits(part: slice) -> Tensor:
-                return targets.logits(part).to(hidden.device)
-
-        return fused_token_loss(
-            hidden,
-            student.logits,
-            student.head_module,
-            *self._attached().objective.recipe(tokens, teacher_logits),
-            chunk_size(student.vocab_size),
-        )
 
     def _tokens(self, inputs: Batch, predicted: Tensor) -> Tokens:
         """What the loss may ask of this batch's tokens."""
@@ -235,6 +265,13 @@ class DistillationCore(Trainer):
             accepted=torch.empty_like(rows, dtype=torch.bool),
             weights=weights,
         )
+
+    def _teacher_logits(self, inputs: Batch, predicted: Tensor) -> Callable[[slice], Tensor] | None:
+        """Of a chunk of the batch's tokens, where the student is; None if the loss needs none."""
+        if self.method.loss is LossRecipe.CROSS_ENTROPY:
+            return None
+        targets = self._teacher_targets(inputs, predicted)
+        return lambda part: targets.logits(part).to(predicted.device)
 
     def _teacher_targets(self, inputs: Batch, predicted: Tensor) -> TeacherTargets:
         """Stored at verification; where it was not, from one forward without gradient."""
@@ -270,47 +307,43 @@ class DistillationCore(Trainer):
             kept.append(hidden[:, :-1][predicted[part.to(predicted.device)].to(teacher.device)])
         return torch.cat(kept)
 
-    def _without_bad_rows(
-        self, hidden: Tensor, rows: Tensor, finite: Tensor, inputs: Batch
-    ) -> Tensor:
-        """Which tokens to keep, bool [N], where some losses are not finite: all of the other rows'.
-
-        The window's count of tokens stays as it was: the other rows weigh no more than before.
+    def _non_finite(
+        self, losses: Tensor, hidden: Tensor, rows: Tensor, inputs: Batch
+    ) -> NonFiniteLossError:
+        """What is wrong, where, with whom.
 
         Args:
+            losses: [N], some of them not finite.
             hidden: the student's states [N, H].
             rows: of each token, int64 [N].
-            finite: bool [N], of its loss.
             inputs: the batch.
-
-        Raises:
-            NonFiniteLossError: none are to be skipped, the student's own states are not finite, or
-                nothing would be left of the window.
         """
-        bad = rows[~finite].unique()
-        kept = ~torch.isin(rows, bad)
-        training = torch.is_grad_enabled()
+        bad, training = ~losses.isfinite(), torch.is_grad_enabled()
         where = f"step {self.state.global_step + 1}" if training else "validation"
-        named = ", ".join(
-            f"{inputs['sample_ids'][row]} ({self._prompt_start(inputs, row)!r})"
-            for row in bad.tolist()
-        )
-        what = (
-            f"{where}: the loss of {int((~finite).sum())} of {len(finite)} tokens is not finite, in "
-            f"sample(s) {named}."
-        )
-        if training and self._attached().skip_non_finite and hidden.isfinite().all():
-            self._rows_left -= len(bad)
-            if self._rows_left > 0:
-                self.counters.add({SKIPPED_ROWS: (len(bad), 0)})
-                LOG.warning("skipped: %s", what, main_process_only=False)
-                return kept
-        raise NonFiniteLossError(
-            f"{what} The weights were not updated by it. "
+        if not hidden[bad].isfinite().all():
+            whose = "The student's own states are not: it diverged."
+        elif self.method.loss is LossRecipe.CROSS_ENTROPY:
+            whose = "The student's states are, so its logits are not."
+        else:
+            whose = (
+                "The student's states are, so the teacher's logits are not, or the distance between "
+                "both. Training rows of which the teacher makes no numbers can be left out: "
+                "distillation.on_non_finite: skip."
+            )
+        return NonFiniteLossError(
+            f"{where}: the loss of {int(bad.sum())} of {len(losses)} tokens is not finite, in sample(s) "
+            f"{self._named(inputs, rows[bad].unique())}. {whose} The weights were not updated by it. "
             "Look at these rows; a lower learning_rate, bf16 instead of fp16 or a float32 teacher "
-            "(distillation.teacher.dtype) are the usual remedies. Training rows for which the teacher "
-            "alone is to blame can be left out: distillation.on_non_finite: skip."
+            "(distillation.teacher.dtype) are the usual remedies."
         )
+
+    def _named(self, inputs: Batch, rows: Tensor) -> str:
+        """Some rows of a batch, for people."""
+        named = (
+            f"{int(inputs['sample_ids'][row])} ({self._prompt_start(inputs, row)!r})"
+            for row in rows.tolist()
+        )
+        return ", ".join(named)
 
     def _prompt_start(self, inputs: Batch, row: int, num_tokens: int = 24) -> str:
         length = min(num_tokens, int(inputs["prompt_lengths"][row]))
@@ -319,10 +352,13 @@ class DistillationCore(Trainer):
     # Checkpoints
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Where one of the same step is overwritten, it does not look whole in the meantime."""
+        """A folder of the same step, half-written or of an earlier run, leaves nothing in the new one."""
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (folder / STATE_FILE).unlink(missing_ok=True)
+            (folder / STATE_FILE).unlink(missing_ok=True)  # at no time does it look whole
+            if folder.exists():
+                shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
         super()._save_checkpoint(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -375,10 +411,7 @@ class DistillationCore(Trainer):
 
     def on_any_rank(self, here: bool) -> bool:
         """Is it so on one of the ranks? To be asked by all of them."""
-        if self.accelerator.num_processes == 1:
-            return here
-        flag = torch.tensor(int(here), device=self.accelerator.device)
-        return bool(self._reduce_sum(flag))
+        return bool(self._reduce_sum(torch.tensor(int(here), device=self.accelerator.device)))
 
     def _reduce_sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")

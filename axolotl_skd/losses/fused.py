@@ -11,7 +11,7 @@ Legend: N positions, n positions of a chunk, r of a block, H hidden size, V voca
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,10 +48,6 @@ class TeacherTargets:
     def logits(self, positions: slice) -> Tensor:
         """Raw teacher logits [n, V] of some positions."""
         return self.head(self.hidden[positions])
-
-    def select(self, kept: Tensor) -> TeacherTargets:
-        """Of some of the tokens, bool [N]."""
-        return replace(self, hidden=self.hidden[kept.to(self.hidden.device)])
 
 
 def chunk_size(vocab_size: int) -> int:

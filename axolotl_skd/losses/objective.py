@@ -6,7 +6,7 @@ Legend: N tokens, n of a chunk, V vocabulary; p teacher, q student in formulas o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -37,13 +37,6 @@ class Tokens:
     uniforms: Tensor
     accepted: Tensor
     weights: Tensor | None = None
-
-    def select(self, kept: Tensor) -> Tokens:
-        """Some of the tokens, bool [N]."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Tokens(
-            **{name: None if column is None else column[kept] for name, column in columns.items()}
-        )
 
 
 @dataclass(frozen=True, slots=True)
