@@ -331,9 +331,9 @@ class DistillationCore(Trainer):
                 "distillation.on_non_finite: skip."
             )
         return NonFiniteLossError(
-            f"{where}: the loss of {int(bad.sum())} of {len(losses)} tokens is not finite, in sample(s) "
-            f"{self._named(inputs, rows[bad].unique())}. {whose} The weights were not updated by it. "
-            "Look at these rows; a lower learning_rate, bf16 instead of fp16 or a float32 teacher "
+            f"{where}: the loss of {int(bad.sum())} of {len(losses)} tokens is not finite, in "
+            f"sample(s) {self._named(inputs, rows[bad].unique())}. {whose} The weights were not "
+            "updated by it. Look at these rows; a lower learning_rate, bf16 instead of fp16 or a float32 teacher "
             "(distillation.teacher.dtype) are the usual remedies."
         )
 
@@ -352,7 +352,7 @@ class DistillationCore(Trainer):
     # Checkpoints
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """A folder of the same step, half-written or of an earlier run, leaves nothing in the new one."""
+        """What is there of the same step, half-written or of an earlier run, goes first."""
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             (folder / STATE_FILE).unlink(missing_ok=True)  # at no time does it look whole
@@ -411,6 +411,8 @@ class DistillationCore(Trainer):
 
     def on_any_rank(self, here: bool) -> bool:
         """Is it so on one of the ranks? To be asked by all of them."""
+        if self.accelerator.num_processes == 1:
+            return here  # without waiting for the device
         return bool(self._reduce_sum(torch.tensor(int(here), device=self.accelerator.device)))
 
     def _reduce_sum(self, values: Tensor) -> Tensor:

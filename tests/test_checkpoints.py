@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.train import determine_last_checkpoint
 from safetensors.torch import save_file
 
 from axolotl_skd.checkpoints import (
+    CheckpointsDifferError,
     IncompleteCheckpointError,
+    check_ranks_agree,
     checkpoints,
     choose_checkpoint,
     missing,
@@ -55,7 +59,8 @@ def test_a_file_that_ends_too_early_is_named(tmp_path: Path, name: str, share: f
 def test_a_file_that_lacks_is_named(tmp_path: Path, name: str) -> None:
     folder = save(tmp_path, 1)
     (folder / name).unlink()
-    assert missing(folder) == ["no weights" if name == FILES[0] else f"no {name}"]
+    part = {"model.safetensors": "weights", "optimizer.pt": "optimizer"}.get(name, name)
+    assert missing(folder) == [f"no {part}"]
 
 
 def test_every_rank_has_its_generator(tmp_path: Path) -> None:
@@ -83,16 +88,59 @@ def test_weights_in_several_files_or_an_adapter(tmp_path: Path) -> None:
     assert missing(folder) == ["model-2.safetensors ends too early"]
 
 
-def test_sharded_training_is_judged_by_its_last_file(tmp_path: Path) -> None:
-    folder = save(tmp_path, 1)
-    (folder / "global_step1").mkdir()
-    (folder / "optimizer.pt").unlink()
+DEEPSPEED = ("global_step1/mp_rank_00_model_states.pt", "global_step1/optim_states.pt", "latest")
+FSDP = ("pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp", "scheduler.pt")
+FSDP_FULL = ("pytorch_model_fsdp.bin", "optimizer.bin", "scheduler.pt")
+ADAPTERS = ("teacher/adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+
+
+@pytest.mark.parametrize("names", [DEEPSPEED, FSDP, FSDP_FULL, ADAPTERS])
+def test_the_forms_of_other_engines_are_whole_too(tmp_path: Path, names: tuple[str, ...]) -> None:
+    like = save(tmp_path / "like", 1)
+    folder = tmp_path / "checkpoint-1"
+    for name in (*names, "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = {".json": "trainer_state.json", ".safetensors": "model.safetensors"}
+        shutil.copy(like / kind.get(path.suffix, "optimizer.pt"), path)
     assert missing(folder) == []
-    (folder / "trainer_state.json").unlink()
+    (folder / "trainer_state.json").rename(folder / "aside")
     assert missing(folder) == ["no trainer_state.json"]
+    (folder / "aside").rename(folder / "trainer_state.json")
+    if not names[0].endswith(".distcp"):  # of which only its own engine knows the end
+        cut(folder / names[0], 0.5)
+        assert missing(folder) == [f"{names[0]} ends too early"]
+    shutil.rmtree(folder / Path(names[0]).parts[0]) if "/" in names[0] else None
+    assert "/" not in names[0] or "no weights" in missing(folder)
 
 
-def test_half_written_ones_are_passed_over_and_put_aside(
+def test_a_folder_that_is_nobodys_part_makes_nothing_broken_or_whole(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / "runs").mkdir()
+    assert missing(folder) == []
+    (folder / "optimizer.pt").unlink()
+    assert missing(folder) == ["no optimizer"]
+
+
+def test_weights_alone_are_enough_where_nothing_else_is_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save(tmp_path, 1)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (folder / name).unlink()
+    cfg = {"output_dir": str(tmp_path), "auto_resume_from_checkpoints": True}
+    choose_checkpoint(weights_alone := {**cfg, "save_only_model": True})
+    assert weights_alone["resume_from_checkpoint"] == str(folder)
+    assert "optimizer, learning-rate schedule and random numbers begin anew" in caplog.text
+    choose_checkpoint({**weights_alone})  # by name
+    choose_checkpoint(cfg)
+    assert cfg["auto_resume_from_checkpoints"] is False
+    assert "no optimizer, no scheduler.pt, no rng_state.pth" in caplog.text
+    (folder / "trainer_state.json").unlink()
+    assert missing(folder, only_model=True) == ["no trainer_state.json"]
+
+
+def test_half_written_ones_are_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (2, 9, 10, 11):
@@ -100,7 +148,6 @@ def test_half_written_ones_are_passed_over_and_put_aside(
     cut(tmp_path / "checkpoint-2" / "optimizer.pt", 0.5)  # an older one is nobody's business
     (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
     cut(tmp_path / "checkpoint-11" / "optimizer.pt", 0.5)
-    (tmp_path / "incomplete-checkpoint-11").mkdir()
     cfg = {"output_dir": str(tmp_path), "auto_resume_from_checkpoints": True}
     with caplog.at_level(logging.INFO, "axolotl_skd.checkpoints"):
         choose_checkpoint(cfg)
@@ -108,33 +155,45 @@ def test_half_written_ones_are_passed_over_and_put_aside(
     assert cfg["resume_from_checkpoint"] == whole
     first, second, last = (record.getMessage() for record in caplog.records)
     assert "checkpoint-11 is half-written (optimizer.pt ends too early)" in first
-    assert f"renamed to incomplete-checkpoint-11.2, going on from {whole}" in first
+    assert f"passed over, going on from {whole}" in first
     assert "checkpoint-10 is half-written (no trainer_state.json)" in second
     assert last == f"going on from {whole}"
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-9"]
-    assert (tmp_path / "incomplete-checkpoint-11.2" / "model.safetensors").exists()
-
-
-def test_only_the_first_rank_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    folder = save(tmp_path, 3)
-    (folder / "optimizer.pt").unlink()
-    save(tmp_path, 2)
-    cfg = {"output_dir": str(tmp_path), "auto_resume_from_checkpoints": True}
-    choose_checkpoint(cfg)
-    assert cfg["resume_from_checkpoint"] == str(tmp_path / "checkpoint-2")
-    assert folder.exists()
+    assert len(checkpoints(tmp_path)) == 4  # nothing is removed
 
 
 def test_without_a_whole_one_training_starts_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Axolotl itself is told so too: it would take the folder."""
     cut(save(tmp_path, 1) / "model.safetensors", 0.5)
-    cfg = {"output_dir": str(tmp_path), "auto_resume_from_checkpoints": True}
+    cfg = DictDefault(output_dir=str(tmp_path), auto_resume_from_checkpoints=True)
+    assert determine_last_checkpoint(DictDefault(cfg)) is not None
     with caplog.at_level(logging.WARNING, "axolotl_skd.checkpoints"):
         choose_checkpoint(cfg)
-    assert "resume_from_checkpoint" not in cfg and not checkpoints(tmp_path)
+    assert determine_last_checkpoint(cfg) is None
     assert "training starts anew" in caplog.text
+
+
+class Ranks:
+    """An accelerator of three processes of which the others go on from `others`."""
+
+    device = "cpu"
+
+    def __init__(self, *others: int) -> None:
+        self._others = others
+
+    def gather(self, value: torch.Tensor) -> torch.Tensor:
+        return torch.cat([value, torch.tensor(self._others)])
+
+
+def test_ranks_go_on_from_the_same_step_or_not_at_all(tmp_path: Path) -> None:
+    cfg = {"output_dir": "out", "resume_from_checkpoint": "out/checkpoint-4"}
+    check_ranks_agree(cfg, Ranks(4, 4))
+    check_ranks_agree({}, Ranks(0, 0))
+    with pytest.raises(CheckpointsDifferError, match=r"from steps \[4, 4, 3\]"):
+        check_ranks_agree(cfg, Ranks(4, 3))
+    with pytest.raises(CheckpointsDifferError, match=r"from steps \[0, 0, 3\]"):
+        check_ranks_agree({}, Ranks(0, 3))
 
 
 def test_nothing_is_touched_unless_asked(tmp_path: Path) -> None:
@@ -149,7 +208,7 @@ def test_a_named_checkpoint_must_be_whole(tmp_path: Path) -> None:
     (broken / "optimizer.pt").unlink()
     whole = save(tmp_path, 2)
     cfg = {"output_dir": str(tmp_path), "resume_from_checkpoint": str(broken)}
-    with pytest.raises(IncompleteCheckpointError, match="no optimizer.pt") as error:
+    with pytest.raises(IncompleteCheckpointError, match="no optimizer") as error:
         choose_checkpoint(cfg)
     assert f"The last whole one is {whole}" in str(error.value)
     with pytest.raises(IncompleteCheckpointError, match="there is no such folder"):

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl
+from transformers.trainer_callback import CallbackHandler
 
-from axolotl_skd.full_disk import ForgivingStream, survive_full_disk
+from axolotl_skd.full_disk import ForgivingCallbackHandler, ForgivingStream, survive_full_disk
 
 
 class Fails(TrainerCallback):
@@ -34,15 +35,8 @@ class Counts(TrainerCallback):
 def handler(*callbacks: TrainerCallback, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, getattr(sys, name))  # put back what is wrapped
-    trainer = SimpleNamespace(
-        callback_handler=SimpleNamespace(
-            callbacks=[DefaultFlowCallback(), *callbacks],
-            model=None,
-            processing_class=None,
-            optimizer=None,
-            lr_scheduler=None,
-        )
-    )
+    stock = CallbackHandler([DefaultFlowCallback(), *callbacks], None, None, None, None)
+    trainer = SimpleNamespace(callback_handler=stock)
     survive_full_disk(trainer)
     return trainer.callback_handler
 
@@ -64,6 +58,14 @@ def test_a_callback_without_room_keeps_no_other_from_its_turn(
     assert [record.getMessage()[:18] for record in caplog.records] == ["Fails cannot write"]
     with pytest.raises(OSError, match="no room"):
         call(full, "on_save")
+
+
+def test_the_list_of_callbacks_stays_the_one_that_others_hold() -> None:
+    stock = CallbackHandler([DefaultFlowCallback()], None, None, None, None)
+    forgiving = ForgivingCallbackHandler(stock)
+    forgiving.add_callback(late := Counts())
+    call(forgiving, "on_log")
+    assert late in stock.callbacks and late.calls == 1
 
 
 def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:

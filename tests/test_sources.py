@@ -225,12 +225,19 @@ def test_skipped_rows_are_trained_on_nowhere_and_change_no_other() -> None:
                 assert torch.equal(*values)
 
 
-def test_rows_are_skipped_only_if_asked_and_never_all() -> None:
+def test_rows_are_skipped_only_if_asked() -> None:
     with pytest.raises(NonFiniteLogitsError, match=r"sample\(s\) 1 are not"):
         source(1.0, sample=failing({2})).complete([batch([0, 1, 5])], 0, 0.0)
-    options = {"sample": failing({1, 2}), "skip_non_finite": True}
-    with pytest.raises(NonFiniteLogitsError):
-        source(1.0, **options).complete([batch([0, 1, 5])], 0, 0.0)
+
+
+def test_all_rows_of_a_rank_may_be_skipped() -> None:
+    """Whether any are left elsewhere is the trainer's to ask."""
+    window = [batch([0, 1, 2])]
+    broken = {int(length) for length in window[0]["prompt_lengths"]}
+    options = {"sample": failing(broken), "skip_non_finite": True}
+    (completed,), metrics = source(1.0, **options).complete(window, 0, 0.0)
+    assert metrics["loss/skipped_rows"] == (3, 0) and metrics["rollout/share"] == (0, 3)
+    assert (completed["labels"] == IGNORE_INDEX).all()
 
 
 def test_a_window_masked_as_a_whole_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -122,7 +122,7 @@ def killed_in_checkpoint() -> None:
 
 
 def killed_before_optimizer() -> None:
-    """The weights are on disk; of the optimizer there is what was there before."""
+    """The weights are on disk, and nothing else yet."""
     _at_fatal_optimizer(lambda path, content: die())
 
 

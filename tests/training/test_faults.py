@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -48,12 +49,17 @@ def assert_same_run(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def through(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """An uninterrupted run."""
+def whole_run(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("through")
     code, output = dying.run(config(pair, folder), folder)
     assert code == 0, output[-3000:]
-    return result(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def through(whole_run: Path) -> dict[str, Any]:
+    return result(whole_run)
 
 
 @pytest.mark.parametrize(
@@ -75,22 +81,25 @@ def test_a_killed_run_goes_on(
     assert_same_run(through, ended)
     flat = " ".join(output.split())
     assert f"going on from {tmp_path}/checkpoint-2" in flat
-    assert ("checkpoint-3 is half-written (no trainer_state.json, optimizer.pt ends" in flat) == (
-        half_written
-    )
-    assert (tmp_path / "incomplete-checkpoint-3").exists() == half_written
-
-
-def test_a_checkpoint_that_is_overwritten_does_not_look_whole(pair: Path, tmp_path: Path) -> None:
-    """New weights beside an old optimizer."""
-    settings = config(pair, tmp_path, max_steps=3)
-    code, output = dying.run(settings, tmp_path)
-    assert code == 0, output[-3000:]
+    assert (
+        "checkpoint-3 is half-written (no trainer_state.json, no scheduler.pt, no rng" in flat
+    ) == (half_written)
     assert missing(tmp_path / "checkpoint-3") == []
-    again = {**settings, "resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+
+
+def test_a_checkpoint_that_is_overwritten_does_not_look_whole(
+    pair: Path, tmp_path: Path, whole_run: Path
+) -> None:
+    """New weights beside an old optimizer."""
+    for step in (2, 3):
+        shutil.copytree(whole_run / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    assert missing(tmp_path / "checkpoint-3") == []
+    resumed = tmp_path / "checkpoint-2"
+    again = {**config(pair, whole_run), "resume_from_checkpoint": str(resumed)}
     code, output = dying.run(again, tmp_path, dying.killed_before_optimizer)
     assert code == -signal.SIGKILL, output[-3000:]
-    assert missing(tmp_path / "checkpoint-3") == ["no trainer_state.json"]
+    assert "no trainer_state.json" in missing(tmp_path / "checkpoint-3")
+    assert not (tmp_path / "checkpoint-3" / "optimizer.pt").exists()  # nothing of the old one
 
 
 def test_ctrl_c_ends_after_the_step_and_says_how_to_go_on(

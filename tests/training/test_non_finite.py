@@ -50,20 +50,21 @@ class Poison:
         assert self.token, "no token is in one prompt alone"
         with torch.no_grad():
             self.spoil(trainer)
-        compute_loss = trainer.compute_loss
+        complete = trainer.distiller.source.complete
 
-        def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            hit = inputs["sample_ids"] == self.sample
-            self.visits += int(hit.sum())
-            return compute_loss(model, self.seen(inputs, hit), *args, **kwargs)
+        def watched(batches: Any, *args: Any) -> Any:
+            completed, metrics = complete(batches, *args)
+            hits = [batch["sample_ids"] == self.sample for batch in completed]
+            self.visits += int(torch.cat(hits).sum())
+            return [self.seen(*one) for one in zip(completed, hits, strict=True)], metrics
 
-        trainer.compute_loss = watched
+        trainer.distiller.source.complete = watched
 
     def spoil(self, trainer: DistillationTrainer) -> None:
         trainer.distiller.teacher.model.model.embed_tokens.weight[self.token] = float("nan")
 
-    def seen(self, inputs: dict[str, Any], hit: torch.Tensor) -> dict[str, Any]:
-        return inputs
+    def seen(self, batch: dict[str, Any], hit: torch.Tensor) -> dict[str, Any]:
+        return batch
 
 
 class OneBadState(Poison):
@@ -82,13 +83,13 @@ class OneBadState(Poison):
 
 
 class Antidote(Poison):
-    """Nothing is spoilt, but the row is taken out of the loss by hand; its tokens still count."""
+    """Nothing is spoilt, but the row is taken out by hand before any token is counted."""
 
     def spoil(self, trainer: DistillationTrainer) -> None:
         pass
 
-    def seen(self, inputs: dict[str, Any], hit: torch.Tensor) -> dict[str, Any]:
-        return {**inputs, "labels": inputs["labels"].masked_fill(hit[:, None], -100)}
+    def seen(self, batch: dict[str, Any], hit: torch.Tensor) -> dict[str, Any]:
+        return {**batch, "labels": batch["labels"].masked_fill(hit[:, None], -100)}
 
 
 def skipped_rows(trainer: DistillationTrainer) -> float:
@@ -107,12 +108,18 @@ def test_a_row_of_the_data_is_left_out_of_the_loss(
     with caplog.at_level(logging.WARNING, "axolotl_skd.trainer"):
         trainer = run_training(config, tmp_path / "poisoned", poison)
     assert poison.visits == skipped_rows(trainer) == 2  # once an epoch
-    assert caplog.text.count(f"not finite, in sample(s) {poison.sample} (") == 2
+    assert caplog.text.count(f"are not finite: sample(s) {poison.sample} (") == 2
     expected = run_training(config, tmp_path / "by_hand", Antidote())
     assert largest_difference(weights(trainer), weights(expected)) < 1e-6
-    untouched = run_training(config, tmp_path / "untouched")
-    assert skipped_rows(untouched) == 0
-    assert largest_difference(weights(trainer), weights(untouched)) > 1e-4
+    losses = [
+        [line["loss"] for line in run.state.log_history if "loss" in line]
+        for run in (trainer, expected)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    if normalize == "token":
+        untouched = run_training(config, tmp_path / "untouched")
+        assert skipped_rows(untouched) == 0
+        assert largest_difference(weights(trainer), weights(untouched)) > 1e-4
 
 
 def test_a_row_that_cannot_be_rolled_out_is_left_out(
@@ -127,8 +134,10 @@ def test_a_row_that_cannot_be_rolled_out_is_left_out(
     assert all(value.isfinite().all() for value in weights(trainer).values())
 
 
-@pytest.mark.parametrize("method", ["supervised_kd", "skd"])
-@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("whose", "method"),
+    [("student", "supervised_kd"), ("teacher", "supervised_kd"), ("teacher", "skd")],
+)
 def test_what_would_leave_nothing_stops(
     pair: Path, tmp_path: Path, method: str, whose: str
 ) -> None:
@@ -142,7 +151,9 @@ def test_what_would_leave_nothing_stops(
             getattr(trainer.distiller, whose).model.model.norm.weight.fill_(float("nan"))
         before.update(weights(trainer))
 
-    with pytest.raises((NonFiniteLogitsError, NonFiniteLossError), match=r"sample\(s\)"):
+    with pytest.raises(
+        (NonFiniteLogitsError, NonFiniteLossError), match=r"sample\(s\)|was skipped"
+    ):
         run_training(skipping(pair, tmp_path, method), tmp_path, poison)
     after = weights(trainers[0])
     assert all(torch.equal(before[k], after[k]) or before[k].isnan().any() for k in before)
