@@ -333,8 +333,8 @@ class DistillationCore(Trainer):
         return NonFiniteLossError(
             f"{where}: the loss of {int(bad.sum())} of {len(losses)} tokens is not finite, in "
             f"sample(s) {self._named(inputs, rows[bad].unique())}. {whose} The weights were not "
-            "updated by it. Look at these rows; a lower learning_rate, bf16 instead of fp16 or a float32 teacher "
-            "(distillation.teacher.dtype) are the usual remedies."
+            "updated by it. Look at these rows; a lower learning_rate, bf16 instead of fp16 or a "
+            "float32 teacher (distillation.teacher.dtype) are the usual remedies."
         )
 
     def _named(self, inputs: Batch, rows: Tensor) -> str:

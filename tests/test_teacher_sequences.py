@@ -196,6 +196,7 @@ def test_rows_without_numbers_stop_or_are_noted(tmp_path: Path) -> None:
     sequences = make(tmp_path, teacher, skip_non_finite=True)
     broken = [REQUESTS[1].key, REQUESTS[5].key]
     assert [key for key, row in sequences.items() if not row.ids] == broken
+    (tmp_path / "sound").mkdir()
     sound = make(tmp_path / "sound", Teacher())
     assert all(sequences[key] == row for key, row in sound.items() if key not in broken)
     teacher.asked.clear()
