@@ -210,7 +210,7 @@ def test_rows_without_numbers_stop_or_are_noted(tmp_path: Path) -> None:
     assert error.value.rows == [1]
 
     # Asked to stop, a run tries them again: they are named, or mended.
-    with pytest.raises(NonFiniteLogitsError, match=r"sample\(s\) 51 are not finite"):
+    with pytest.raises(NonFiniteLogitsError, match=r"sample\(s\) 51, 55 are not finite"):
         make(tmp_path, teacher)
     assert make(tmp_path, Teacher()) == sound
     assert make(tmp_path, teacher, skip_non_finite=True) == sound
