@@ -162,6 +162,7 @@ def _assemble(
             by_sequence=distillation.loss.normalize == "sequence",
             forecast=predicted,
             at_hand=weights,
+            skip_non_finite=distillation.on_non_finite == "skip",
         )
     )
     return start_line(trainer, distillation, params, shared, described)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from axolotl_skd.evaluation.results import (
 )
 from axolotl_skd.evaluation.runner import EvaluationError, run_tasks
 from axolotl_skd.evaluation.tasks import leaf_tasks
+from axolotl_skd.ranks import is_first_rank
 
 LOG = get_logger(__name__)
 
@@ -56,7 +57,7 @@ def evaluate_start(
         return
     results = Path(cfg["output_dir"]) / RESULTS_FILE
     # What is recorded of an earlier run into the same folder, or of this one's last end.
-    forget(results, [] if not _resumes(cfg) else ["start"])
+    forget(results, ["start"] if cfg.get("resume_from_checkpoint") else [])
     if "start" not in settings.at:
         return
     tokenizer.save_pretrained(cfg["output_dir"])
@@ -95,8 +96,10 @@ def evaluate_end(cfg: Mapping[str, Any], settings: EvalConfig) -> TaskMetrics | 
         return None
     _free_memory()
     results = Path(cfg["output_dir"]) / RESULTS_FILE
-    LOG.info("the trained student is saved in %s", cfg["output_dir"])
-    LOG.info("evaluating the trained student: %s", ", ".join(settings.tasks))
+    # The first rank, as seen; the process group that Axolotl's logger would ask is gone.
+    say = partial(LOG.info, main_process_only=False)
+    say("the trained student is saved in %s", cfg["output_dir"])
+    say("evaluating the trained student: %s", ", ".join(settings.tasks))
     try:
         metrics = evaluate(
             trained_model(cfg), eval_settings(settings), settings.tasks, results, "end"
@@ -109,6 +112,7 @@ def evaluate_end(cfg: Mapping[str, Any], settings: EvalConfig) -> TaskMetrics | 
             error,
             cfg["output_dir"],
             _again(cfg),
+            main_process_only=False,
         )
         return None
     return metrics
@@ -170,11 +174,6 @@ def result_settings(model: EvalModel, settings: EvalSettings, task: str) -> Task
     }
 
 
-def is_first_rank() -> bool:
-    """By the launcher's word: there is no process group yet at the start, and none left at the end."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _not_recorded(
     results: Path, stage: Stage, tasks: Sequence[str], model: EvalModel, settings: EvalSettings
 ) -> list[str]:
@@ -191,14 +190,6 @@ def _template_digest(model: EvalModel) -> str:
         model.tokenizer or model.base_model, trust_remote_code=model.trust_remote_code
     )
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
-
-
-def _resumes(cfg: Mapping[str, Any]) -> bool:
-    """Does training go on from a checkpoint of this run?"""
-    found = any(Path(cfg["output_dir"]).glob("checkpoint-*"))
-    return bool(
-        cfg.get("resume_from_checkpoint") or (cfg.get("auto_resume_from_checkpoints") and found)
-    )
 
 
 def _free_memory() -> None:

@@ -84,6 +84,7 @@ def completion_source(
         pad_token_id=collator.pad_token_id,
         pad_to_multiple_of=collator.pad_to_multiple_of,
         top_k=_top_k(trainer, distillation, student.vocab_size),
+        skip_non_finite=distillation.on_non_finite == "skip",
     )
 
 
@@ -119,6 +120,7 @@ def _stored_sequences(
             max_new_tokens=rollout.max_new_tokens,
             batch_size=rollout.rollout_batch_size
             or args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            skip_non_finite=distillation.on_non_finite == "skip",
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
             barrier=accelerator.wait_for_everyone,
@@ -132,7 +134,8 @@ def _requests(trainer: DistillationTrainer, seed: int, num_rollouts: int) -> Ite
         batch = trainer.train_data_collator([row])
         prompt = batch["input_ids"][0, : int(batch["prompt_lengths"])]
         for index in range(num_rollouts):
-            yield Request(prompt, int(row_streams(seed, 0, batch["sample_ids"], index)))
+            stream = row_streams(seed, 0, batch["sample_ids"], index)
+            yield Request(prompt, int(stream), sample=int(batch["sample_ids"]))
 
 
 def _top_k(

@@ -7,7 +7,7 @@ Axolotl merges `DistillationArgs` into its own schema and hands back plain dicti
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -54,6 +54,13 @@ class Distillation(Block):
         False,
         description="Hold trainable weights in float32 under `bf16: true` or `fp16: true`, which then "
         "is the precision of the arithmetic alone; they are saved in float32.",
+    )
+    on_non_finite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A training row for which the teacher (while rolling out, either model) gives NaN "
+        "or infinity stops training, or is skipped: named, counted as `loss/skipped_rows`, and no part "
+        "of the mean. A step of such rows alone on all ranks, or a student that gives them in the "
+        "loss, always stops it.",
     )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Seed of the rollouts; default Axolotl's `seed`."

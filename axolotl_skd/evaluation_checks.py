@@ -8,7 +8,6 @@ from typing import Any
 from axolotl.utils.logging import get_logger
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_skd.before_after import is_first_rank
 from axolotl_skd.config_blocks import EvalConfig
 from axolotl_skd.evaluation.data_sources import DataUnavailableError
 from axolotl_skd.evaluation.models import vllm_lora_rank
@@ -21,6 +20,7 @@ from axolotl_skd.evaluation.needs import (
 )
 from axolotl_skd.evaluation.tasks import check_tasks
 from axolotl_skd.preflight import ConfigConflictError
+from axolotl_skd.ranks import is_first_rank
 
 LOG = get_logger(__name__)
 

@@ -13,6 +13,9 @@ from axolotl_skd.rollout.types import FinishReason, Rollout, Source
 Ratio = tuple[float, float]
 """(sum, count)"""
 
+# Rows left out of the loss, per optimizer step over all ranks.
+SKIPPED_ROWS = "loss/skipped_rows"
+
 
 @dataclass
 class Counters:

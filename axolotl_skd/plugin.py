@@ -21,11 +21,14 @@ from torch import nn
 from axolotl_skd.assembly import assemble
 from axolotl_skd.before_after import evaluate_end, evaluate_start, start_scores
 from axolotl_skd.callbacks import StartLineCallback
+from axolotl_skd.checkpoints import check_ranks_agree, choose_checkpoint
 from axolotl_skd.config import read_distillation
 from axolotl_skd.cpu import fit_to_cpu, keep_differentiable, on_cpu
 from axolotl_skd.data import DistillationCollator
 from axolotl_skd.data_checks import checked_datasets, restating_dropped_rows
 from axolotl_skd.evaluation_checks import check_evaluation, check_evaluation_inputs
+from axolotl_skd.full_disk import survive_full_disk
+from axolotl_skd.interruption import Interruption, say_how_to_go_on
 from axolotl_skd.precision import raise_to_float32, warn_of_lost_updates
 from axolotl_skd.preflight import (
     check_block_is_there,
@@ -45,6 +48,7 @@ class SKDPlugin(BasePlugin):
     """Speculative Knowledge Distillation and its baselines as Axolotl trainer types."""
 
     _scores: TrackedScores | None = None
+    _interruption: Interruption | None = None
 
     def register(self, cfg: dict[str, Any]) -> None:
         check_block_is_there(cfg)
@@ -65,6 +69,7 @@ class SKDPlugin(BasePlugin):
             check_evaluation(cfg, distillation.eval)
         if preprocess:
             return None
+        choose_checkpoint(cfg)
         tokenizer = load_tokenizer(cfg)
         preflight = check_models(cfg, distillation, tokenizer)
         if distillation.eval is not None:
@@ -90,7 +95,7 @@ class SKDPlugin(BasePlugin):
             LOG.info(
                 "distillation.fp32_master_weights: %s numbers raised to float32", f"{raised:,}"
             )
-        else:
+        elif not cfg.deepspeed:  # which holds float32 masters of its own
             warn_of_lost_updates(model, float(cfg.learning_rate))
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
@@ -130,6 +135,10 @@ class SKDPlugin(BasePlugin):
             prepared_path=Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH),
         )
         trainer.add_callback(StartLineCallback(description))
+        check_ranks_agree(cfg, trainer.accelerator)
+        survive_full_disk(trainer)
+        self._interruption = Interruption(trainer.on_any_rank)
+        trainer.add_callback(self._interruption)
         if distillation.eval is not None:
             callbacks = trainer.callback_handler.callbacks
             self._scores = TrackedScores(callbacks, partial(start_scores, cfg, distillation.eval))
@@ -137,7 +146,10 @@ class SKDPlugin(BasePlugin):
 
     def post_train_unload(self, cfg: DictDefault) -> None:
         distillation = read_distillation(cfg)
-        if distillation is not None and distillation.eval is not None:
+        stopped_at = self._interruption and self._interruption.stopped_at
+        if stopped_at is not None:
+            say_how_to_go_on(stopped_at, cfg.output_dir, cfg.axolotl_config_path)
+        elif distillation is not None and distillation.eval is not None:
             scores = evaluate_end(cfg, distillation.eval)
             if scores and self._scores is not None:
                 self._scores.log_end(scores)

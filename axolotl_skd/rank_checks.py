@@ -54,6 +54,11 @@ def check_ranks(cfg: Mapping[str, Any], distillation: Distillation) -> Engine:
             f"distillation.teacher.device_map: {distillation.teacher.device_map} would let every rank "
             "spread its teacher over the devices of all. Launch one process, or use device:."
         )
+    if engine in (Engine.ZERO_1_2, Engine.ZERO_3) and distillation.fp32_master_weights:
+        raise ConfigConflictError(
+            f"distillation.fp32_master_weights: true: {engine.value} holds float32 masters of its own. "
+            "Remove it."
+        )
     if engine.shards_weights:
         _refuse_unsharded(cfg, distillation, engine)
     return engine
@@ -123,6 +128,11 @@ def _refuse_unsharded(cfg: Mapping[str, Any], distillation: Distillation, engine
         _refuse_teacher(distillation.teacher, engine)
         if engine is Engine.ZERO_3:
             _refuse_other_dtype(cfg, distillation.teacher)
+    if distillation.on_non_finite == "skip":
+        raise ConfigConflictError(
+            f"distillation.on_non_finite: skip looks at the teacher's numbers before the loss, where "
+            f"{engine.value} has its head in parts. Set on_non_finite: stop."
+        )
     if distillation.rollout.cuda_graphs:
         raise ConfigConflictError(
             f"distillation.rollout.cuda_graphs: true records where weights lie, and {engine.value} "

@@ -18,14 +18,10 @@ import torch
 from torch import Tensor
 
 from axolotl_skd.data import pad_rows
-from axolotl_skd.metrics import Ratio, rollout_metrics
-from axolotl_skd.rollout.sampling import (
-    NonFiniteLogitsError,
-    Role,
-    keyed_uniform,
-    row_streams,
-)
+from axolotl_skd.metrics import SKIPPED_ROWS, Ratio, rollout_metrics
+from axolotl_skd.rollout.sampling import Role, keyed_uniform, row_streams
 from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
+from axolotl_skd.sound_rows import sample_sound_rows
 from axolotl_skd.top_k import TopKPolicy
 
 LOG = logging.getLogger(__name__)
@@ -108,6 +104,7 @@ class RolloutSource:
         pad_token_id: int,
         pad_to_multiple_of: int | None,
         top_k: TopKPolicy | None = None,
+        skip_non_finite: bool = False,
     ) -> None:
         """
         Args:
@@ -122,6 +119,7 @@ class RolloutSource:
             seed: of the keyed random numbers.
             pad_token_id, pad_to_multiple_of: as in `pad_rows`.
             top_k: K of each step, None where no top-K test is made.
+            skip_non_finite: leave rows out of the loss for which nothing can be sampled.
         """
         self._sample = sample
         self._source = source
@@ -135,6 +133,7 @@ class RolloutSource:
         self._pad_token_id = pad_token_id
         self._pad_to_multiple_of = pad_to_multiple_of
         self._top_k = top_k
+        self._skip_non_finite = skip_non_finite
         self._warned = False
 
     def complete(
@@ -144,10 +143,10 @@ class RolloutSource:
         if self._top_k is not None:
             self._params = replace(self._params, teacher_top_k=self._top_k.choose(progress))
         batches = [self._expand(batch, epoch, progress) for batch in batches]
-        rollout = self._roll_out(batches)
+        batches, rollout = self._roll_out(batches)
         completed, start = [], 0
         for batch in batches:
-            stop = start + int(batch["rolled_out"].sum())
+            stop = start + int((batch["rolled_out"] & ~batch["skipped"]).sum())
             part = rollout.select(start, stop) if stop > start else None
             completed.append(self._batch(batch, part))
             start = stop
@@ -155,6 +154,8 @@ class RolloutSource:
             self._warn_if_all_truncated(rollout)
         metrics = rollout_metrics(rollout, self._source, time.perf_counter() - started)
         metrics["rollout/share"] = (start, sum(len(batch["rolled_out"]) for batch in batches))
+        if self._skip_non_finite:
+            metrics[SKIPPED_ROWS] = (sum(int(batch["skipped"].sum()) for batch in batches), 0)
         if self._top_k is not None:
             metrics["skd/teacher_top_k"] = (self._params.teacher_top_k, 1)
             self._top_k.observe(*metrics["skd/acceptance_rate"])
@@ -196,7 +197,12 @@ class RolloutSource:
         )
         return {**expanded, "streams": streams, "rolled_out": chosen[rows]}
 
-    def _roll_out(self, batches: Sequence[Batch]) -> Rollout | None:
+    def _roll_out(self, batches: Sequence[Batch]) -> tuple[list[Batch], Rollout | None]:
+        """Sample for all chosen rows, and mark those that could not be sampled.
+
+        Returns:
+            the batches with `skipped` (bool [B] on the CPU), and the rollout of the other chosen rows.
+        """
         ids, keys, samples = [], [], []
         for batch in batches:
             rows, streams = batch["rolled_out"], batch["streams"]
@@ -204,26 +210,36 @@ class RolloutSource:
             ids += [batch["input_ids"][row, : lengths[row]] for row in _indices(rows)]
             keys.append(streams[rows.to(streams.device)])
             samples += batch["sample_ids"][rows.to(streams.device)].tolist()
-        if not ids:
-            return None
-        key = torch.cat(keys)
-        prompts = Prompts(tuple(ids), key, torch.full_like(key, self._max_new_tokens))
-        try:
-            return self._sample(prompts, self._params)
-        except NonFiniteLogitsError as error:
-            named = [samples[row] for row in error.rows]
-            raise NonFiniteLogitsError(named, whose="sample(s)") from error
+        sound, rollout = torch.ones(0, dtype=torch.bool), None
+        if ids:
+            key = torch.cat(keys)
+            rollout, sound = sample_sound_rows(
+                self._sample,
+                Prompts(tuple(ids), key, torch.full_like(key, self._max_new_tokens)),
+                self._params,
+                samples=samples,
+                skip=self._skip_non_finite,
+            )
+        marked, sound = [], iter(sound.tolist())
+        for batch in batches:
+            skipped = [chosen and not next(sound) for chosen in batch["rolled_out"].tolist()]
+            marked.append({**batch, "skipped": torch.tensor(skipped, dtype=torch.bool)})
+        return marked, rollout
 
     def _batch(self, batch: Batch, rollout: Rollout | None) -> Batch:
         """An expanded micro-batch with new completions in the chosen rows, in one padding."""
-        chosen, prompt_lengths = batch["rolled_out"], batch["prompt_lengths"].tolist()
+        batch = dict(batch)
+        skipped, prompt_lengths = batch.pop("skipped"), batch["prompt_lengths"].tolist()
+        chosen = batch["rolled_out"] & ~skipped
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         rows = [row[:length] for row, length in zip(batch["input_ids"], lengths, strict=True)]
+        for row in _indices(skipped):
+            rows[row] = rows[row][: prompt_lengths[row]]
         completions = [] if rollout is None else rollout.unpadded()
         for row, ids in zip(_indices(chosen), completions, strict=True):
             completion = ids.to(rows[row].device)
             rows[row] = torch.cat([rows[row][: prompt_lengths[row]], completion])
-        masked = torch.zeros_like(chosen)
+        masked = skipped.clone()
         if self._mask_truncated and rollout is not None:
             masked[chosen] = rollout.finish_reasons.cpu() == FinishReason.LENGTH
         # A masked row is trained on from its end, so nowhere.

@@ -23,7 +23,9 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from axolotl_skd.rollout.sampling import NonFiniteLogitsError
 from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
+from axolotl_skd.sound_rows import sample_sound_rows
 
 LOG = get_logger(__name__)
 
@@ -43,19 +45,21 @@ class Request:
     Attributes:
         prompt: int64 [P].
         stream: its random stream (`sampling.row_streams`).
+        sample: id of the data set's row.
     """
 
     prompt: Tensor
     stream: int
+    sample: int
 
     @property
     def key(self) -> str:
-        return f"{self.stream}:{_digest(self.prompt.numpy().tobytes())}"
+        return _key(self.prompt, self.stream)
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherSequence:
-    """A completion: its token ids, and why it ended."""
+    """A completion: its token ids, and why it ended. Without tokens: none could be sampled."""
 
     ids: tuple[int, ...]
     finish: FinishReason
@@ -96,7 +100,8 @@ def read_sequences(folder: Path) -> dict[str, TeacherSequence]:
     found = {}
     for path in sorted(folder.glob(f"*{_SUFFIX}")):
         for key, (ids, finish) in json.loads(path.read_bytes()).items():
-            found[key] = TeacherSequence(tuple(ids), FinishReason(finish))
+            if ids or key not in found:  # made at last, after it could not be sampled
+                found[key] = TeacherSequence(tuple(ids), FinishReason(finish))
     return found
 
 
@@ -119,6 +124,7 @@ def make_sequences(
     *,
     max_new_tokens: int,
     batch_size: int,
+    skip_non_finite: bool = False,
     rank: int = 0,
     num_ranks: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -132,6 +138,7 @@ def make_sequences(
         params: how to sample.
         max_new_tokens: longest completion.
         batch_size: sequences that are made, and kept, at a time.
+        skip_non_finite: where nothing can be sampled, keep that. Else it is tried again and stops.
         rank, num_ranks: of this process.
         barrier: waits for all ranks.
 
@@ -140,42 +147,35 @@ def make_sequences(
 
     Raises:
         MissingSequencesError: another rank's share is not in the folder.
+        rollout.sampling.NonFiniteLogitsError: nothing can be sampled for a row.
     """
     if rank == 0:  # alone, and before anybody writes: a file made again has the same name
         remove_corrupt(folder)
     barrier()
-    known = read_sequences(folder)
+    known = {key: one for key, one in read_sequences(folder).items() if one.ids or skip_non_finite}
     # By position in the whole list: what is known may differ while other ranks already write.
     mine = {request.key: request for request in requests[rank::num_ranks]}
     wanted = [request for key, request in mine.items() if key not in known]
     if wanted and len(wanted) < len(mine):
         LOG.info("%d of %d teacher sequences are there already", len(mine) - len(wanted), len(mine))
-    with tqdm(
-        total=len(mine),
-        initial=len(mine) - len(wanted),
-        desc="teacher sequences",
-        disable=rank > 0 or not wanted,
-    ) as progress:
-        for start in range(0, len(wanted), batch_size):
-            group = wanted[start : start + batch_size]
-            streams = torch.tensor([request.stream for request in group])
-            rollout = sample(
-                Prompts(
-                    tuple(request.prompt for request in group),
-                    streams,
-                    torch.full_like(streams, max_new_tokens),
-                ),
-                params,
-            )
-            made = zip(rollout.unpadded(), rollout.finish_reasons.tolist(), strict=True)
-            write_sequences(
-                folder,
-                {
-                    request.key: TeacherSequence(tuple(ids.tolist()), FinishReason(finish))
-                    for request, (ids, finish) in zip(group, made, strict=True)
-                },
-            )
-            progress.update(len(group))
+    try:
+        with tqdm(
+            total=len(mine),
+            initial=len(mine) - len(wanted),
+            desc="teacher sequences",
+            disable=rank > 0 or not wanted,
+        ) as progress:
+            for start in range(0, len(wanted), batch_size):
+                group = wanted[start : start + batch_size]
+                made = _made(group, sample, params, max_new_tokens, skip_non_finite)
+                write_sequences(folder, made)
+                progress.update(len(group))
+    except KeyboardInterrupt:
+        LOG.warning(
+            "interrupted: what is made so far is kept in %s, and the same command goes on from there.",
+            folder,
+        )
+        raise
     barrier()
     known = read_sequences(folder)
     missing = sum(request.key not in known for request in requests)
@@ -185,6 +185,36 @@ def make_sequences(
             "have made their share. Set dataset_prepared_path to a folder that every rank can read."
         )
     return {request.key: known[request.key] for request in requests}
+
+
+def _made(
+    group: Sequence[Request],
+    sample: Callable[[Prompts, SamplingParams], Rollout],
+    params: SamplingParams,
+    max_new_tokens: int,
+    skip: bool,
+) -> dict[str, TeacherSequence]:
+    streams = torch.tensor([request.stream for request in group])
+    prompts = Prompts(
+        tuple(request.prompt for request in group),
+        streams,
+        torch.full_like(streams, max_new_tokens),
+    )
+    rollout, sound = sample_sound_rows(
+        sample,
+        prompts,
+        params,
+        samples=[request.sample for request in group],
+        skip=skip,
+    )
+    rows = iter(())
+    if rollout is not None:
+        rows = iter(zip(rollout.unpadded(), rollout.finish_reasons.tolist(), strict=True))
+    made = {}
+    for request, is_sound in zip(group, sound.tolist(), strict=True):
+        ids, finish = next(rows) if is_sound else (streams[:0], FinishReason.LENGTH)
+        made[request.key] = TeacherSequence(tuple(ids.tolist()), FinishReason(finish))
+    return made
 
 
 class StoredSequences:
@@ -198,10 +228,17 @@ class StoredSequences:
         self._by_key = by_key
 
     def __call__(self, prompts: Prompts, params: SamplingParams) -> Rollout:
-        """The completions of these streams, as if the teacher had just sampled them."""
+        """The completions of these streams, as if the teacher had just sampled them.
+
+        Raises:
+            rollout.sampling.NonFiniteLogitsError: where it could not.
+        """
         device = prompts.streams.device
         asked = zip(prompts.ids, prompts.streams.tolist(), strict=True)
-        rows = [self._by_key[Request(ids.cpu(), stream).key] for ids, stream in asked]
+        rows = [self._by_key[_key(ids.cpu(), stream)] for ids, stream in asked]
+        empty = [index for index, row in enumerate(rows) if not row.ids]
+        if empty:
+            raise NonFiniteLogitsError(empty)
         ids = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(row.ids, device=device) for row in rows], batch_first=True
         )
@@ -219,6 +256,10 @@ class StoredSequences:
             num_rounds=0,
             num_draft_steps=0,
         )
+
+
+def _key(prompt: Tensor, stream: int) -> str:
+    return f"{stream}:{_digest(prompt.numpy().tobytes())}"
 
 
 def _digest(data: bytes) -> str:

@@ -9,30 +9,37 @@ Legend: B rows, L padded length, N completion tokens of a micro-batch, H hidden 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from axolotl.core.trainers import AxolotlTrainer
+from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from axolotl_skd.checkpoints import STATE_FILE
 from axolotl_skd.cpu import on_cpu
 from axolotl_skd.data import IGNORE_INDEX, SAMPLE_ID_COLUMN
 from axolotl_skd.losses.fused import TeacherTargets, chunk_size, fused_token_loss
 from axolotl_skd.losses.objective import Objective, Tokens
 from axolotl_skd.memory import GIB, Forecast, PeakMemory, weight_bytes
 from axolotl_skd.methods import LossRecipe, Method, get_method
-from axolotl_skd.metrics import Counters
+from axolotl_skd.metrics import SKIPPED_ROWS, Counters
 from axolotl_skd.rollout.lm import CausalLM, rollout_mode
 from axolotl_skd.rollout.sampling import Role, keyed_uniform
 from axolotl_skd.sharding import AtHand
-from axolotl_skd.sources import Batch, CompletionSource
+from axolotl_skd.sound_rows import rows_without_numbers
+from axolotl_skd.sources import Batch, CompletionSource, StoredHidden
+
+LOG = get_logger(__name__)
 
 # Positions, padding included, of one forward of the teacher over given rows.
 TEACHER_TOKENS = 2**14
@@ -53,6 +60,7 @@ class Distiller:
         objective: what is learned at a token.
         forecast: of the memory that a step needs.
         by_sequence: is the loss a mean over sequences (of their token means) instead of over tokens?
+        skip_non_finite: leave rows out of the loss for which the teacher gives no finite numbers?
         at_hand: contexts without which weights may be elsewhere.
     """
 
@@ -62,6 +70,7 @@ class Distiller:
     objective: Objective
     forecast: Forecast
     by_sequence: bool = False
+    skip_non_finite: bool = False
     at_hand: AtHand = field(default_factory=AtHand)
 
 
@@ -107,7 +116,62 @@ class DistillationCore(Trainer):
         if batches:
             batches, metrics = self._complete(batches)
             self.counters.add(metrics)
+            if self._attached().skip_non_finite:
+                num_unsampled, _ = metrics.get(SKIPPED_ROWS, (0, 0))
+                batches = self._skip_bad_rows(batches, num_unsampled)
         return batches, self._num_items(batches, device)
+
+    def _skip_bad_rows(self, batches: list[Batch], num_unsampled: float) -> list[Batch]:
+        """Take out of a window the rows for which the teacher has no numbers.
+
+        Before its tokens are counted, so they are no part of the mean. The teacher's states are kept
+        for the loss.
+
+        Args:
+            batches: completed.
+            num_unsampled: rows that a rollout has taken out already.
+
+        Raises:
+            NonFiniteLossError: no row would be left on any rank.
+        """
+        num_bad = 0
+        if self.method.loss is not LossRecipe.CROSS_ENTROPY:
+            judged = [self._without_bad_rows(batch) for batch in batches]
+            batches, num_bad = [batch for batch, _ in judged], sum(bad for _, bad in judged)
+        self.counters.add({SKIPPED_ROWS: (num_bad, 1 / self.accelerator.num_processes)})
+        left = sum(int(self._items_by_row(batch["labels"]).sum()) for batch in batches)
+        totals = torch.tensor([left, num_unsampled + num_bad], device=self.accelerator.device)
+        left, skipped = self._reduce_sum(totals).tolist()
+        if skipped and not left:
+            raise NonFiniteLossError(
+                f"step {self.state.global_step + 1}: all that could be trained on was skipped "
+                f"({skipped:.0f} rows, named above) since its numbers are not finite. The weights were "
+                "not updated by it. A checkpoint or its dtype is broken (distillation.teacher.dtype), "
+                "or the student diverged: lower learning_rate."
+            )
+        return batches
+
+    def _without_bad_rows(self, batch: Batch) -> tuple[Batch, int]:
+        """A batch with the bad rows masked, and their number."""
+        labels = batch["labels"]
+        predicted = labels[:, 1:] != IGNORE_INDEX
+        targets, rows = self._teacher_targets(batch, predicted), predicted.nonzero()[:, 0]
+        chunk = chunk_size(self._attached().student.vocab_size)
+        bad = rows_without_numbers(targets, rows, chunk)
+        sound = predicted.any(dim=1)
+        sound[bad] = False
+        if len(bad):
+            LOG.warning(
+                "step %d: skipped, since the teacher's logits are not finite: sample(s) %s",
+                self.state.global_step + 1,
+                self._named(batch, bad),
+                main_process_only=False,
+            )
+            labels = labels.clone()
+            labels[bad] = IGNORE_INDEX
+        states = targets.hidden[sound[rows].to(targets.hidden.device)]
+        stored = StoredHidden(states, sound.cpu())
+        return {**batch, "labels": labels, "stored_hidden": stored}, len(bad)
 
     def _num_items(self, batches: list[Batch], device: torch.device) -> Tensor | None:
         """What the loss of a window is divided by: its tokens or sequences, over all ranks."""
@@ -194,7 +258,8 @@ class DistillationCore(Trainer):
             accepted = (int(tokens.accepted.sum()), len(losses))
             self.counters.add({"gate/token_acceptance_rate": accepted})
         rows = predicted.nonzero()[:, 0]
-        self._refuse_non_finite(losses, rows, inputs, training=torch.is_grad_enabled())
+        if not losses.isfinite().all():
+            raise self._non_finite(losses, hidden, rows, inputs)
         return total, losses, rows
 
     def _tokens(self, inputs: Batch, predicted: Tensor) -> Tokens:
@@ -264,27 +329,64 @@ class DistillationCore(Trainer):
             kept.append(hidden[:, :-1][predicted[part.to(predicted.device)].to(teacher.device)])
         return torch.cat(kept)
 
-    def _refuse_non_finite(
-        self, losses: Tensor, rows: Tensor, inputs: Batch, training: bool
-    ) -> None:
-        bad = ~losses.isfinite()
-        if not bad.any():
-            return
-        named = [
-            f"{inputs['sample_ids'][row]} ({self._prompt_start(inputs, row)!r})"
-            for row in rows[bad].unique().tolist()
-        ]
+    def _non_finite(
+        self, losses: Tensor, hidden: Tensor, rows: Tensor, inputs: Batch
+    ) -> NonFiniteLossError:
+        """What is wrong, where, with whom.
+
+        Args:
+            losses: [N], some of them not finite.
+            hidden: the student's states [N, H].
+            rows: of each token, int64 [N].
+            inputs: the batch.
+        """
+        bad, training = ~losses.isfinite(), torch.is_grad_enabled()
         where = f"step {self.state.global_step + 1}" if training else "validation"
-        raise NonFiniteLossError(
-            f"{where}: the loss of {int(bad.sum())} of {len(losses)} tokens "
-            f"is not finite, in sample(s) {', '.join(named)}. The weights were not updated by it. "
-            "Look at these rows; a lower learning_rate, bf16 instead of fp16 or a float32 teacher "
-            "(distillation.teacher.dtype) are the usual remedies."
+        if not hidden[bad].isfinite().all():
+            whose = "The student's own states are not: it diverged."
+        elif self.method.loss is LossRecipe.CROSS_ENTROPY:
+            whose = "The student's states are, so its logits are not."
+        else:
+            whose = (
+                "The student's states are, so the teacher's logits are not, or the distance between "
+                "both. Training rows of which the teacher makes no numbers can be left out: "
+                "distillation.on_non_finite: skip."
+            )
+        return NonFiniteLossError(
+            f"{where}: the loss of {int(bad.sum())} of {len(losses)} tokens is not finite, in "
+            f"sample(s) {self._named(inputs, rows[bad].unique())}. {whose} The weights were not "
+            "updated by it. Look at these rows; a lower learning_rate, bf16 instead of fp16 or a "
+            "float32 teacher (distillation.teacher.dtype) are the usual remedies."
         )
+
+    def _named(self, inputs: Batch, rows: Tensor) -> str:
+        """Some rows of a batch, for people."""
+        named = (
+            f"{int(inputs['sample_ids'][row])} ({self._prompt_start(inputs, row)!r})"
+            for row in rows.tolist()
+        )
+        return ", ".join(named)
 
     def _prompt_start(self, inputs: Batch, row: int, num_tokens: int = 24) -> str:
         length = min(num_tokens, int(inputs["prompt_lengths"][row]))
         return self.processing_class.decode(inputs["input_ids"][row, :length])
+
+    # Checkpoints
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """What is there of the same step, half-written or of an earlier run, goes first."""
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / STATE_FILE).unlink(missing_ok=True)  # at no time does it look whole
+            if folder.exists():
+                shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last file but `trainer_state.json`, which is not to come before any rank's share."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     # Evaluation
 
@@ -328,6 +430,12 @@ class DistillationCore(Trainer):
             logs["memory/peak_gib"] = self._peak_memory.read() / GIB
             logs["memory/predicted_gib"] = self._attached().forecast.peak / GIB
         super().log(logs, *args, **kwargs)
+
+    def on_any_rank(self, here: bool) -> bool:
+        """Is it so on one of the ranks? To be asked by all of them."""
+        if self.accelerator.num_processes == 1:
+            return here  # without waiting for the device
+        return bool(self._reduce_sum(torch.tensor(int(here), device=self.accelerator.device)))
 
     def _reduce_sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")

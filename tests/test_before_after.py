@@ -160,9 +160,10 @@ def test_a_resumed_run_forgets_its_end(runs: Runs, resumed: dict[str, Any]) -> N
 def test_checkpoints_count_as_resuming_only_if_they_are_used(
     runs: Runs, cfg: dict[str, Any]
 ) -> None:
+    """`checkpoints.choose_checkpoint` has settled which; half-written ones are not used."""
     start(cfg, settings())
     (Path(cfg["output_dir"]) / "checkpoint-3").mkdir()
-    start({**cfg, "auto_resume_from_checkpoints": True}, settings())
+    start({**cfg, "resume_from_checkpoint": "checkpoint-3"}, settings())
     assert len(runs.made) == 1
     start(cfg, settings())
     assert len(runs.made) == 2
@@ -263,7 +264,9 @@ def test_a_failure_after_training_is_logged_with_the_command(
 ) -> None:
     start(cfg, settings())
     logged = []
-    monkeypatch.setattr(before_after.LOG, "error", lambda text, *args: logged.append(text % args))
+    monkeypatch.setattr(
+        before_after.LOG, "error", lambda text, *args, **_: logged.append(text % args)
+    )
     runs.error = error
     assert evaluate_end(cfg, settings()) is None
     (message,) = logged

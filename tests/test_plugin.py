@@ -303,10 +303,15 @@ def test_the_scores_of_the_end_go_to_the_trackers(monkeypatch: pytest.MonkeyPatc
         processing_class=None,
         callback_handler=SimpleNamespace(callbacks=added),
         add_callback=added.append,
+        accelerator=SimpleNamespace(device="cpu", gather=lambda steps: steps),
+        on_any_rank=lambda here: here,
     )
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))  # put back what is wrapped
     hooks = SKDPlugin()
     hooks.post_train_unload(cfg)  # without a trainer there are no trackers
     hooks.post_trainer_create(cfg, trainer)
-    assert [type(callback).__name__ for callback in added] == ["StartLineCallback", "TrackedScores"]
+    names = ["StartLineCallback", "Interruption", "TrackedScores"]
+    assert [type(callback).__name__ for callback in added] == names
     hooks.post_train_unload(cfg)
     assert handed == [scores]

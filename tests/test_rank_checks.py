@@ -65,6 +65,8 @@ def test_deepspeed_by_file(tmp_path: Path) -> None:
         (FSDP_2, {"teacher": {"student_base": True}}, "teacher.student_base: FSDP2"),
         ({**ZERO_3, "bf16": True}, {"teacher": {"dtype": "float32"}}, "dtype: float32.*bfloat16"),
         (ZERO_3, {"rollout": {"cuda_graphs": True}}, "Set cuda_graphs: false"),
+        (FSDP_2, {"on_non_finite": "skip"}, "on_non_finite: skip .* FSDP2"),
+        (ZERO_3, {"fp32_master_weights": True}, "float32 masters of its own. Remove it"),
         (
             {"deepspeed": {**ZERO_3["deepspeed"], "optimizer": {}}},
             {},

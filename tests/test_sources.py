@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from axolotl_skd.data import IGNORE_INDEX, pad_rows
-from axolotl_skd.rollout.sampling import row_streams
+from axolotl_skd.rollout.sampling import NonFiniteLogitsError, row_streams
 from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
 from axolotl_skd.sources import RolloutSource
 
@@ -193,6 +193,51 @@ def test_truncated_rollouts_can_be_left_out_of_the_loss(share: float) -> None:
         expected += [states] if sampled else []
     assert 0 < len(expected) < len(lengths)
     assert torch.equal(masked["stored_hidden"].states, torch.cat(expected))
+
+
+def failing(broken: set[int]) -> Any:
+    """`keyed_echo` that gives no numbers for prompts of some lengths, and says so one by one."""
+
+    def sample(prompts: Prompts, params: SamplingParams) -> Rollout:
+        bad = [row for row, ids in enumerate(prompts.ids) if len(ids) in broken]
+        if bad:
+            raise NonFiniteLogitsError(bad[:1])
+        return keyed_echo(prompts, params)
+
+    return sample
+
+
+def test_skipped_rows_are_trained_on_nowhere_and_change_no_other() -> None:
+    """Samples 1 and 5 have prompts of two tokens."""
+    window = [batch([0, 1, 2]), batch([5, 3])]
+    good, _ = source(1.0, sample=keyed_echo).complete(window, 0, 0.0)
+    options = {"sample": failing({2}), "skip_non_finite": True}
+    completed, metrics = source(1.0, **options).complete(window, 0, 0.0)
+    assert metrics["loss/skipped_rows"] == (2, 0) and metrics["rollout/share"] == (3, 5)
+    for batch_good, one, bad in zip(good, completed, (1, 0), strict=True):
+        for row in range(len(one["labels"])):
+            if row == bad:
+                assert (one["labels"][row] == -100).all()
+                assert int(one["attention_mask"][row].sum()) == 2  # the prompt is left
+                continue
+            for name in ("input_ids", "labels"):
+                values = [x[name][row][x["attention_mask"][row].bool()] for x in (batch_good, one)]
+                assert torch.equal(*values)
+
+
+def test_rows_are_skipped_only_if_asked() -> None:
+    with pytest.raises(NonFiniteLogitsError, match=r"sample\(s\) 1 are not"):
+        source(1.0, sample=failing({2})).complete([batch([0, 1, 5])], 0, 0.0)
+
+
+def test_all_rows_of_a_rank_may_be_skipped() -> None:
+    """Whether any are left elsewhere is the trainer's to ask."""
+    window = [batch([0, 1, 2])]
+    broken = {int(length) for length in window[0]["prompt_lengths"]}
+    options = {"sample": failing(broken), "skip_non_finite": True}
+    (completed,), metrics = source(1.0, **options).complete(window, 0, 0.0)
+    assert metrics["loss/skipped_rows"] == (3, 0) and metrics["rollout/share"] == (0, 3)
+    assert (completed["labels"] == IGNORE_INDEX).all()
 
 
 def test_a_window_masked_as_a_whole_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

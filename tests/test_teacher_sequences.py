@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from axolotl_skd.rollout.sampling import NonFiniteLogitsError
 from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
 from axolotl_skd.teacher_sequences import (
     MissingSequencesError,
@@ -24,7 +25,7 @@ from axolotl_skd.teacher_sequences import (
 from tests.helpers import save_model
 
 PARAMS = SamplingParams(3, 2, 1.0, 1.0, 1.0, 1.0, (2,))
-REQUESTS = [Request(torch.tensor([5, 6, i]), stream=100 + i) for i in range(7)]
+REQUESTS = [Request(torch.tensor([5, 6, i]), stream=100 + i, sample=50 + i) for i in range(7)]
 
 
 @dataclass
@@ -33,11 +34,15 @@ class Teacher:
 
     asked: list[int] = field(default_factory=list)
     calls_until_interrupted: int = -1
+    broken: tuple[int, ...] = ()  # streams for which it gives no numbers
 
     def __call__(self, prompts: Prompts, params: SamplingParams) -> Rollout:
         if self.calls_until_interrupted == 0:
             raise KeyboardInterrupt
         self.calls_until_interrupted -= 1
+        bad = [row for row, one in enumerate(prompts.streams.tolist()) if one in self.broken]
+        if bad:
+            raise NonFiniteLogitsError(bad)
         assert params is PARAMS and prompts.max_new_tokens.tolist() == [3] * len(prompts.ids)
         self.asked += prompts.streams.tolist()
         lengths = torch.tensor([int(ids[-1]) % 3 + 1 for ids in prompts.ids])
@@ -109,8 +114,8 @@ def test_what_is_corrupt_is_made_again(
 def test_other_prompts_and_streams_are_other_sequences(tmp_path: Path) -> None:
     """An id column can survive while its prompt is edited."""
     make(tmp_path, Teacher())
-    edited = Request(torch.tensor([5, 7, 1]), stream=101)
-    another = Request(REQUESTS[2].prompt, stream=300)
+    edited = Request(torch.tensor([5, 7, 1]), stream=101, sample=51)
+    another = Request(REQUESTS[2].prompt, stream=300, sample=52)
     teacher = Teacher()
     make(tmp_path, teacher, [edited, another, REQUESTS[3]])
     assert teacher.asked == [101, 300]
@@ -118,7 +123,7 @@ def test_other_prompts_and_streams_are_other_sequences(tmp_path: Path) -> None:
 
 def test_a_stream_that_two_prompts_share_is_two_sequences(tmp_path: Path) -> None:
     """As where an id column is not unique."""
-    twins = [Request(torch.tensor(ids), stream=300) for ids in ([5, 1], [5, 2])]
+    twins = [Request(torch.tensor(ids), stream=300, sample=5) for ids in ([5, 1], [5, 2])]
     made = make(tmp_path, Teacher(), twins)
     assert made.keys() == {twin.key for twin in twins} and len(made) == 2
 
@@ -182,3 +187,41 @@ def test_stored_sequences_come_as_a_rollout() -> None:
     assert rollout.finish_reasons.tolist() == [1, 0, 1]
     assert rollout.source is Source.TEACHER and not rollout.accepted_mask.any()
     assert rollout.select(1, 2).completion_ids.tolist() == [[100]]
+
+
+def test_rows_without_numbers_stop_or_are_noted(tmp_path: Path) -> None:
+    teacher = Teacher(broken=(101, 105))
+    with pytest.raises(NonFiniteLogitsError, match=r"sample\(s\) 51 are not finite"):
+        make(tmp_path, teacher)
+    sequences = make(tmp_path, teacher, skip_non_finite=True)
+    broken = [REQUESTS[1].key, REQUESTS[5].key]
+    assert [key for key, row in sequences.items() if not row.ids] == broken
+    (tmp_path / "sound").mkdir()
+    sound = make(tmp_path / "sound", Teacher())
+    assert all(sequences[key] == row for key, row in sound.items() if key not in broken)
+    teacher.asked.clear()
+    assert make(tmp_path, teacher, skip_non_finite=True) == sequences and not teacher.asked
+
+    asked = [REQUESTS[index] for index in (0, 1, 2)]
+    streams = torch.tensor([request.stream for request in asked])
+    prompts = Prompts(tuple(request.prompt for request in asked), streams, torch.tensor([3] * 3))
+    with pytest.raises(NonFiniteLogitsError) as error:  # for `on_non_finite` of the run to judge
+        StoredSequences(sequences)(prompts, PARAMS)
+    assert error.value.rows == [1]
+
+    # Asked to stop, a run tries them again: they are named, or mended.
+    with pytest.raises(NonFiniteLogitsError, match=r"sample\(s\) 51, 55 are not finite"):
+        make(tmp_path, teacher)
+    assert make(tmp_path, Teacher()) == sound
+    assert make(tmp_path, teacher, skip_non_finite=True) == sound
+
+
+def test_a_batch_may_be_wholly_without_numbers(tmp_path: Path) -> None:
+    sequences = make(tmp_path, Teacher(broken=tuple(range(100, 107))), skip_non_finite=True)
+    assert len(sequences) == 7 and not any(row.ids for row in sequences.values())
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
+        make(tmp_path, Teacher(calls_until_interrupted=1))
+    assert f"kept in {tmp_path}" in caplog.text and read_sequences(tmp_path)

@@ -181,6 +181,7 @@ def run_training(
     meta = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
     with on_trainer(action):
         _, _, trainer = axolotl_train(cfg=cfg, dataset_meta=meta)
+    PluginManager.get_instance().post_train_unload(cfg)
     return trainer
 
 

@@ -151,8 +151,17 @@ def test_ranks_that_train_alone_are_refused(pair: Path, tmp_path: Path) -> None:
 
 @pytest.mark.ranks
 def test_a_rank_that_fails_stops_all_with_its_error(pair: Path, tmp_path: Path) -> None:
-    """The other one waits for its tokens; without an end this test would run into its time limit."""
-    child = launch(2, {"one": base_config(pair)}, tmp_path / "fails", FAILING_RANK="1")
+    """The other one waits for it in a collective operation, and is not left there."""
+    child = launch(2, {"one": base_config(pair, max_steps=3)}, tmp_path / "fails", FAULT="fail")
     assert child.returncode != 0
-    assert "RuntimeError: a rollout that fails" in child.stdout
+    assert "[rank1]: RuntimeError: the last rank is out of luck" in child.stdout
     assert not list((tmp_path / "fails" / "one").glob("rank*.pt"))
+
+
+@pytest.mark.ranks
+def test_ctrl_c_on_one_rank_ends_all_after_the_same_step(pair: Path, tmp_path: Path) -> None:
+    child = launch(2, {"one": base_config(pair, max_steps=4)}, tmp_path / "run", FAULT="ctrl_c")
+    assert child.returncode == 0, child.stdout[-6000:]
+    assert child.stdout.count("Ended by Ctrl-C after step 2") == 1
+    assert [rank["steps"] for rank in results(tmp_path / "run", "one", 2)] == [2, 2]
+    assert (tmp_path / "run" / "one" / "model" / "checkpoint-2" / "trainer_state.json").exists()

@@ -1,12 +1,15 @@
 """One rank of a run of several: trains configs one after another and leaves what came of it in files.
 
 torchrun --nproc_per_node N -m tests.training.two_ranks CONFIGS_JSON OUTPUT_DIR
+
+FAULT=fail or FAULT=ctrl_c in the environment happens to the last rank, in its second step's rollout.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,14 @@ from transformers import TrainerCallback
 
 from axolotl_skd.losses import fused
 from tests.training.harness import DistillationTrainer, run_training, weights
+
+
+def meet_fault() -> None:
+    fault = os.environ.get("FAULT")
+    if fault == "fail":
+        raise RuntimeError("the last rank is out of luck")
+    if fault == "ctrl_c":
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 class WeightsAfter(TrainerCallback):
@@ -42,8 +53,9 @@ def trained(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
         complete = source.complete
 
         def watched(batches, epoch, progress):
-            if "RANK" in os.environ and os.environ["RANK"] == os.environ.get("FAILING_RANK"):
-                raise RuntimeError("a rollout that fails")
+            last = int(os.environ["WORLD_SIZE"]) - 1
+            if trainer.state.global_step == 1 and int(os.environ["RANK"]) == last:
+                meet_fault()
             completed, metrics = complete(batches, epoch, progress)
             for batch in completed:
                 for index, sample in enumerate(batch["sample_ids"].tolist()):
@@ -60,6 +72,7 @@ def trained(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
         "rows": rows,
         "weights": after[0].weights,
         "log": trainer.state.log_history,
+        "steps": trainer.state.global_step,
         "processes": trainer.accelerator.num_processes,
         "stored": sum(p.numel() for p in trainer.model.parameters()),
     }
