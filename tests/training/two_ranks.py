@@ -53,8 +53,8 @@ def trained(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
         complete = source.complete
 
         def watched(batches, epoch, progress):
-            last = int(os.environ["WORLD_SIZE"]) - 1
-            if trainer.state.global_step == 1 and int(os.environ["RANK"]) == last:
+            index, count = trainer.args.process_index, trainer.accelerator.num_processes
+            if trainer.state.global_step == 1 and index == count - 1:
                 meet_fault()
             completed, metrics = complete(batches, epoch, progress)
             for batch in completed:
