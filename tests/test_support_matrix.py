@@ -96,12 +96,12 @@ def test_marks_bound_what_is_replaced(matrix: ModuleType) -> None:
 
 
 def test_the_readme_has_the_table_of_the_scaling_script() -> None:
-    assert script("benchmarks/scaling.py").table() in README
+    assert script("scaling.py").table() in README
 
 
 def test_scaling_follows_its_formulas() -> None:
     """By hand: one GPU, a teacher that is bound by reading, nothing to exchange."""
-    scaling = script("benchmarks/scaling.py")
+    scaling = script("scaling.py")
     student = scaling.Model("s", 1e9, 10, 1000, 2, 50, 1000)
     teacher = scaling.Model("t", 8e9, 20, 2000, 4, 50, 1000)
     device = scaling.Device(bandwidth=1e12, speed=1e15, node_link=1e11, wide_link=1e10, memory=8e10)
@@ -122,14 +122,14 @@ def test_scaling_follows_its_formulas() -> None:
     assert packed.rollout == pytest.approx(alone.rollout + (1 + rounds) * unpacking)
     assert alone.memory - packed.memory == pytest.approx(16e9 - 4.5e9)
     spread = scaling.cost(student, teacher, 8, scaling.SHARDED, step, device)
-    gathered = 16e9 * 7 / 8 / 1e11
-    assert spread.rollout == pytest.approx(2e9 / 1e12 + gathered + rounds * (2 * draft + gathered))
-    assert spread.exchange == pytest.approx(7 / 8 * 8e9 / 1e11)
-    assert spread.memory < alone.memory - 7 / 8 * 16e9
+    assert spread.rollout == alone.rollout
+    assert spread.exchange == pytest.approx(7 / 8 * (8e9 + 16e9) / 1e11)
+    # Whole in the rollout all the same: only what the optimizer holds is spread.
+    assert alone.memory - spread.memory == pytest.approx(7 / 8 * 16e9)
 
 
 def test_the_sizes_on_paper_are_those_of_the_models() -> None:
     """A token's keys and values, against a real cache."""
-    scaling = script("benchmarks/scaling.py")
+    scaling = script("scaling.py")
     keys = torch.empty(24, 2, 2, 64, dtype=torch.bfloat16)  # layers, keys and values, heads, size
     assert scaling.PAIRS[0][0].kv == keys.nbytes

@@ -1,6 +1,6 @@
 """Cost and memory of an SKD step on 1, 8 and 64 GPUs, on paper. Nothing here was measured.
 
-    python evals/benchmarks/scaling.py --write README.md
+    python evals/scaling.py --write README.md
 
 A forward of n tokens over caches of C bytes by a model of N parameters takes the longer of reading and
 computing (the roofline of Williams et al., https://doi.org/10.1145/1498765.1498785):
@@ -15,6 +15,7 @@ E = (1 - a^G) / (1 - a) tokens a round, takes
     training   (8 N_s B (P + T) + 2 V H_t B T) / speed     checkpointed passes, teacher's head
     optimizer  28 N_s / n / bandwidth                      float32 AdamW; n = 1 where `replicated`
     exchange   2 x 4 N_s / link                            gradients (rings over many GPUs)
+    gathering  2 N_t / link                                where `sharded`, before a rollout
 
 Bytes: student 16 N_s (float32 weights, gradients, two moments) + 2 N_s (its bf16 casts), teacher 2 N_t;
 caches, stored teacher states and checkpointed layer inputs in bf16. Where the models are:
@@ -22,8 +23,8 @@ caches, stored teacher states and checkpointed layer inputs in bf16. Where the m
     replicated   every GPU holds both
     4-bit        the student's 16 N_s spread over all GPUs; an nf4 teacher on each: 9/16 N_t in memory
                  (a float32 scale per 64 weights); a forward reads that, writes 2 N_t and reads it
-    sharded      the student's 16 N_s spread over all GPUs, the teacher over the 8 of a node; a forward
-                 of the teacher takes at least 2 N_t / link, its gathering, overlapped with all else
+    sharded      the student's 16 N_s and the teacher spread over all GPUs; both are gathered once a
+                 step, for the rollout, so that in between a GPU has room for the training's activations
 
 Left out: attention's own products, sampling, launch overhead, ragged lengths, the input pipeline.
 """
@@ -36,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 START, END = "<!-- scaling: begin -->", "<!-- scaling: end -->"
-COMMAND = "python evals/benchmarks/scaling.py --write README.md"
+COMMAND = "python evals/scaling.py --write README.md"
 GPUS = (1, 8, 64)
 REPLICATED, FOUR_BIT, SHARDED = PLACEMENTS = ("replicated", "4-bit", "sharded")
 NF4 = 0.5 + 4 / 64  # bytes a weight
@@ -148,15 +149,12 @@ def cost(
     """What the formulas at the top of this file say."""
     link = device.node_link if gpus <= NODE else device.wide_link
     shared = (gpus - 1) / gpus  # of the bytes that a collective moves, what comes from others
-    gathering = unpacking = 0.0
-    if placement == SHARDED:
-        among = min(gpus, NODE)
-        gathering = teacher.weights * (among - 1) / among / device.node_link
-    elif placement == FOUR_BIT:
+    unpacking = 0.0
+    if placement == FOUR_BIT:
         unpacking = (NF4 * teacher.parameters + teacher.weights) / device.bandwidth
 
     def verify(tokens: float, cache: float) -> float:
-        return max(forward(teacher, tokens, cache, device) + unpacking, gathering)
+        return forward(teacher, tokens, cache, device) + unpacking
 
     # Rows are half written on average.
     read = step.rows * (step.prompt + step.completion / 2)
@@ -174,16 +172,16 @@ def cost(
     training = products / device.speed + 28 * student.parameters / parts / device.bandwidth
     # All-reduce, or reduce-scatter and two gathers of bf16 weights: as many bytes.
     exchange = shared * 2 * 4 * student.parameters / link
+    if placement == SHARDED:
+        exchange += shared * teacher.weights / link
 
-    memory = 16 * student.parameters / parts + student.weights
-    memory += {
-        REPLICATED: teacher.weights,
-        FOUR_BIT: NF4 * teacher.parameters,
-        SHARDED: teacher.weights / min(gpus, NODE),
-    }[placement]
+    asleep = awake = NF4 * teacher.parameters if placement == FOUR_BIT else teacher.weights
+    if placement == SHARDED:
+        asleep /= gpus
     caches = trained * (student.kv + teacher.kv)
     activations = trained * student.layers * student.hidden * 2
-    memory += max(caches, activations) + written * teacher.hidden * 2
+    memory = 16 * student.parameters / parts + student.weights + written * teacher.hidden * 2
+    memory += max(awake + caches, asleep + activations)
     return Cost(rollout, training, exchange, memory)
 
 
