@@ -9,7 +9,7 @@ With DDP and ZeRO-1/2 every rank has all weights, and nothing here does anything
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
@@ -154,13 +154,23 @@ def zero3_at_hand(
     """DeepSpeed's gathering, with the hooks of the student's engine off during rollouts."""
     import deepspeed  # an extra of Axolotl's
 
-    gathered = deepspeed.zero.GatheredParameters
     backward = ExitStack()
+
+    @contextmanager
+    def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """One by one: of several at once deepspeed 0.18.9 awaits only the last that it began.
+
+        With gloo another may end after that, and some weights be garbage until then.
+        """
+        with ExitStack() as stack:
+            for parameter in parameters:
+                stack.enter_context(deepspeed.zero.GatheredParameters([parameter]))
+            yield
 
     @contextmanager
     def student_at_hand() -> Iterator[None]:
         engine = wrapped()  # before training begins the model itself, which has no hooks
-        with gathered(list(student.parameters())):
+        with gathered(student.parameters()):
             remove_hooks(engine)
             try:
                 yield
@@ -183,7 +193,7 @@ def zero3_at_hand(
 
     return AtHand(
         student=student_at_hand,
-        teacher=lambda: gathered([] if teacher is None else list(teacher.parameters())),
+        teacher=lambda: gathered([] if teacher is None else teacher.parameters()),
         heads=heads_at_hand,
         micro_batch=micro_batch,
         on_any_rank=on_any_rank,
