@@ -85,7 +85,12 @@ def assemble(
     if distillation.method_row.needs_teacher:
         teacher_model = _teacher_model(trainer, distillation, student_model, engine)
     weights = at_hand(
-        accelerator, engine, lambda: trainer.model_wrapped, student_model, teacher_model
+        accelerator,
+        engine,
+        lambda: trainer.model_wrapped,
+        student_model,
+        teacher_model,
+        trainer.on_any_rank,
     )
     with rollout_mode(student_model), weights.student(), weights.teacher():
         return _assemble(

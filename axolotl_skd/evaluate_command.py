@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from axolotl_skd.before_after import (
@@ -18,6 +17,7 @@ from axolotl_skd.before_after import (
 )
 from axolotl_skd.config import read_distillation
 from axolotl_skd.config_blocks import EvalConfig
+from axolotl_skd.devices import present_devices
 from axolotl_skd.evaluation.models import saved_model
 from axolotl_skd.evaluation.needs import check_backend, check_needs
 from axolotl_skd.evaluation.results import RESULTS_FILE, recorded_table, results_table
@@ -182,11 +182,7 @@ def _save_tokenizer(path: Path, cfg: Mapping[str, Any]) -> None:
 
 def _device(name: str | None) -> str:
     """`name` if there is such a device (lm-eval would take another one), else the first there is."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    present = ["cpu"]
-    if accelerator is not None:
-        indices = range(torch.accelerator.device_count())
-        present = [accelerator.type, *(f"{accelerator.type}:{i}" for i in indices), "cpu"]
+    present = present_devices()
     if name is not None and name not in present:
         raise EvalCommandError(f"--device {name} is not there. Take one of: {', '.join(present)}.")
     return name or present[0]

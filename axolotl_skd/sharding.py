@@ -119,6 +119,7 @@ def at_hand(
     wrapped: Callable[[], nn.Module],
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
+    on_any_rank: Callable[[bool], bool],
 ) -> AtHand:
     """The contexts that an engine needs.
 
@@ -127,22 +128,14 @@ def at_hand(
         wrapped: the student as the trainer calls it at the moment.
         student: the causal LM inside.
         teacher: as `spread_teacher` left it.
+        on_any_rank: as in `AtHand`.
     """
-    on_any_rank = _any_rank(accelerator)
     if engine is Engine.ZERO_3:
         return zero3_at_hand(wrapped, student, teacher, on_any_rank)
     if engine is Engine.FSDP_2:
         reshard = bool(accelerator.state.fsdp_plugin.reshard_after_forward)
         return fsdp2_at_hand(wrapped, student, teacher, on_any_rank, reshard)
     return AtHand()
-
-
-def _any_rank(accelerator: Accelerator) -> Callable[[bool], bool]:
-    def on_any_rank(here: bool) -> bool:
-        flag = torch.tensor(float(here), device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum") > 0)
-
-    return on_any_rank
 
 
 def zero3_at_hand(

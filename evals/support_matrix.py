@@ -446,7 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--write wants all families and cells")
     torch.set_num_threads(1)
     started, results = time.time(), {}
-    # Axolotl takes a path with "mpt" in it, such as /tmp/tmpt..., for a model of that family.
+    # Axolotl takes a path with "mpt" in it, as in "tmpt", for a model of that family.
     with tempfile.TemporaryDirectory(prefix="matrix-") as scratch:
         for name in args.families:
             results[name] = dict.fromkeys(CELLS, "")

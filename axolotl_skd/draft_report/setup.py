@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from axolotl_skd.config import Distillation, read_distillation
 from axolotl_skd.data import completion_span
 from axolotl_skd.data_checks import checked_datasets
+from axolotl_skd.devices import present_devices
 from axolotl_skd.draft_report.decoding import Decoding, forget_generation_settings, make_draft
 from axolotl_skd.draft_report.errors import DraftReportError
 from axolotl_skd.draft_report.models import load_student, student_files
@@ -201,12 +202,11 @@ def _load(
 
 def _check_device(name: str | None) -> None:
     """Is the device there that the config puts the teacher on?"""
-    accelerator = torch.accelerator.current_accelerator()
-    present = {"cpu", "meta"} | ({accelerator.type} if torch.accelerator.is_available() else set())
-    if name is not None and torch.device(name).type not in present:
+    present = present_devices()
+    if name is not None and name not in present:
         raise DraftReportError(
-            f"distillation.teacher.device: {name}, but this machine has no such device. Run the report "
-            "where the teacher fits, or change the key in a copy of the config."
+            f"distillation.teacher.device: {name}, but this machine has {', '.join(present)}. Run the "
+            "report where the teacher fits, or change the key in a copy of the config."
         )
 
 

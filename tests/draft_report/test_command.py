@@ -214,7 +214,7 @@ def own_base(folder: Path, tmp_path: Path) -> dict[str, Any]:
         (other_tokenizer, (), "distillation.teacher.base_model of the student's family"),
         ({"teacher": {"base_model": "./nowhere"}}, (), "distillation.teacher.base_model: "),
         (own_base, (), "distillation.teacher.student_base: the teacher is the student's own base"),
-        ({"teacher": {"device": "cuda:9"}}, (), "distillation.teacher.device: cuda:9"),
+        ({"teacher": {"device": "cuda:99"}}, (), "distillation.teacher.device: cuda:99"),
         ({}, ("--max-new-tokens", "250"), "has 256 positions. Lower --max-new-tokens"),
         ({}, ("--task", "skd_tiny_arithmetic"), "--prompts and --task are both given"),
     ],
@@ -224,8 +224,6 @@ def test_refusals(
 ) -> None:
     if callable(overrides):
         overrides = overrides(folder, tmp_path)
-    if "cuda" in message and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     config = write_config(tmp_path, folder, **overrides)
     result = run(config, "--prompts", str(folder / "prompts.txt"), *arguments)
     assert result.exit_code == 1, result.output
