@@ -37,6 +37,7 @@ from axolotl_skd.sharding import (
     AtHand,
     Engine,
     at_hand,
+    layers_of,
     loaded_whole,
     running_engine,
     spread_teacher,
@@ -91,6 +92,7 @@ def assemble(
         student_model,
         teacher_model,
         trainer.on_any_rank,
+        by_layer=distillation.teacher.gather == "layers",
     )
     with rollout_mode(student_model), weights.student(), weights.teacher():
         return _assemble(
@@ -122,6 +124,11 @@ def _teacher_model(
     teacher = load_teacher(
         distillation.teacher, None if engine is Engine.ZERO_3 else trainer.args.device
     )
+    if distillation.teacher.gather == "layers" and not layers_of(teacher):
+        raise ConfigConflictError(
+            "distillation.teacher.gather: layers: transformers does not say what the layers of "
+            f"{type(teacher).__name__} are (_no_split_modules). Set gather: whole."
+        )
     spread_teacher(teacher, trainer.accelerator, engine)
     return teacher
 
@@ -152,7 +159,9 @@ def _assemble(
     params = sampling_params(distillation, preflight.stop_token_ids)
     predicted = _forecast(trainer, distillation, student, teacher, sequence_len)
     warn_of_memory(predicted)
-    source = completion_source(trainer, distillation, params, student, teacher, seed, prepared_path)
+    source = completion_source(
+        trainer, distillation, params, student, teacher, weights, seed, prepared_path
+    )
     described = None if teacher is None else _described(teacher, distillation)
     if distillation.method_row.loss is LossRecipe.CROSS_ENTROPY:
         teacher = None  # it has written its sequences and is needed no more

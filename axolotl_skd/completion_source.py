@@ -18,6 +18,7 @@ from axolotl_skd.rollout.lm import CausalLM
 from axolotl_skd.rollout.sampling import GREEDY, row_streams
 from axolotl_skd.rollout.stop_strings import StopStrings
 from axolotl_skd.rollout.types import SamplingParams, Source
+from axolotl_skd.sharding import AtHand
 from axolotl_skd.sources import CompletionSource, DatasetSource, RolloutSource
 from axolotl_skd.teacher_sequences import (
     Request,
@@ -36,6 +37,7 @@ def completion_source(
     params: SamplingParams,
     student: CausalLM,
     teacher: CausalLM | None,
+    weights: AtHand,
     seed: int,
     prepared_path: Path,
 ) -> CompletionSource:
@@ -46,6 +48,7 @@ def completion_source(
         distillation: the typed config block.
         params: how to sample.
         student, teacher: views of both models.
+        weights: contexts that they need; `teacher` is entered.
         seed: of the keyed random numbers.
         prepared_path: Axolotl's folder of prepared data, where teacher sequences are kept.
 
@@ -70,7 +73,9 @@ def completion_source(
     }
     collator, sample = trainer.train_data_collator, samplers[method.source]
     if method.source is Source.TEACHER:
-        sample = _stored_sequences(trainer, distillation, params, engine, seed, prepared_path)
+        sample = _stored_sequences(
+            trainer, distillation, params, engine, weights, seed, prepared_path
+        )
     return RolloutSource(
         sample,
         method.source,
@@ -85,6 +90,7 @@ def completion_source(
         pad_to_multiple_of=collator.pad_to_multiple_of,
         top_k=_top_k(trainer, distillation, student.vocab_size),
         skip_non_finite=distillation.on_non_finite == "skip",
+        asking=weights.asking,
     )
 
 
@@ -93,6 +99,7 @@ def _stored_sequences(
     distillation: Distillation,
     params: SamplingParams,
     engine: RolloutEngine,
+    weights: AtHand,
     seed: int,
     prepared_path: Path,
 ) -> StoredSequences:
@@ -102,7 +109,7 @@ def _stored_sequences(
         params = replace(params, teacher_temperature=1.0, teacher_top_p=GREEDY)
     accelerator, args = trainer.accelerator, trainer.args
     settings = {
-        "teacher": fingerprint(engine.teacher.model),
+        "teacher": fingerprint(engine.teacher.model, weights.whole),
         "vocabulary": engine.teacher.vocab_size,
         "max_new_tokens": rollout.max_new_tokens,
         "temperature": params.teacher_temperature,
@@ -124,6 +131,7 @@ def _stored_sequences(
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
             barrier=accelerator.wait_for_everyone,
+            asking=weights.asking,
         )
     return StoredSequences(sequences)
 

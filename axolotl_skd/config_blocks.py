@@ -78,6 +78,12 @@ class TeacherConfig(Block):
         description="The teacher waits in the CPU's memory while it is not asked; its output head "
         "stays.",
     )
+    gather: Literal["whole", "layers"] = Field(
+        "whole",
+        description="Where ZeRO-3 or FSDP2 spreads the teacher: each rank gathers it `whole` once a "
+        "rollout, or by `layers` in every forward, which all ranks then make together. For a teacher "
+        "that fits no device.",
+    )
     attn_implementation: (
         Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
     ) = Field(

@@ -16,6 +16,7 @@ from axolotl_skd.config import Distillation
 from axolotl_skd.config_blocks import TeacherConfig
 from axolotl_skd.preflight import ConfigConflictError
 from axolotl_skd.sharding import Engine
+from axolotl_skd.teacher import is_quantised
 
 LOG = get_logger(__name__)
 
@@ -59,6 +60,8 @@ def check_ranks(cfg: Mapping[str, Any], distillation: Distillation) -> Engine:
             f"distillation.fp32_master_weights: true: {engine.value} holds float32 masters of its own. "
             "Remove it."
         )
+    if distillation.teacher.gather == "layers":
+        _refuse_whole(distillation, engine)
     if engine.shards_weights:
         _refuse_unsharded(cfg, distillation, engine)
     return engine
@@ -172,6 +175,22 @@ def _refuse_fsdp(config: Mapping[str, Any], evaluated: bool) -> None:
         raise ConfigConflictError(
             f"distillation.eval needs the trained model in one piece, but it is saved as {saved}. Set "
             "fsdp_config.final_state_dict_type: FULL_STATE_DICT, or eval.at: [start]."
+        )
+
+
+def _refuse_whole(distillation: Distillation, engine: Engine) -> None:
+    """A teacher of which nothing is elsewhere has nothing to gather."""
+    why = None
+    if not distillation.method_row.needs_teacher:
+        why = f"method {distillation.method} has no teacher"
+    elif not engine.shards_weights:
+        why = f"with {engine.value} the teacher is whole on every rank"
+    elif is_quantised(distillation.teacher):
+        why = "a quantised teacher is whole on every rank"
+    if why is not None:
+        raise ConfigConflictError(
+            f"distillation.teacher.gather: layers, but {why}. Remove gather:; or spread an "
+            "unquantised teacher by DeepSpeed ZeRO-3 or FSDP2 (deepspeed: / fsdp_config:)."
         )
 
 

@@ -2,17 +2,20 @@
 
 Ranks roll out rows of unequal length, so no forward of a rollout may wait for another rank: a model is
 gathered once for a whole window, and in between its forwards are as free of communication as on one
-rank. What is collective are the contexts of `AtHand`: every rank must enter them equally often.
+rank. A teacher that fits nowhere whole is gathered layer by layer instead, in forwards that all ranks
+make together (`joint_forwards.py`). What is collective are the contexts of `AtHand`: every rank must
+enter them equally often.
 
 With DDP and ZeRO-1/2 every rank has all weights, and nothing here does anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +23,16 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import (
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
 )
 from trl.models.utils import add_hooks, prepare_deepspeed, remove_hooks
+
+from axolotl_skd.joint_forwards import joint_forwards
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -36,17 +43,22 @@ class AtHand:
 
     Attributes:
         student: for rollouts of the student, by every rank on its own.
-        teacher: for any forward of the teacher's decoder, likewise.
+        teacher: for any forward of the teacher's decoder, likewise, if inside `asking`.
+        asking: inside `teacher`, around as many of its forwards as this rank needs and nothing else
+            that is collective. Without it all ranks must make the same number.
         heads: for both output heads in the loss, after the student's forward.
         micro_batch: around a forward and its backward pass, for which parts of `heads` stay.
         on_any_rank: is something so on at least one of the ranks that have to meet in these contexts?
+        whole: one weight in one piece, to be asked for by all ranks.
     """
 
     student: Context = nullcontext
     teacher: Context = nullcontext
+    asking: Context = nullcontext
     heads: Context = nullcontext
     micro_batch: Context = nullcontext
     on_any_rank: Callable[[bool], bool] = bool
+    whole: Callable[[nn.Parameter], AbstractContextManager[torch.Tensor]] = nullcontext
 
 
 class Engine(Enum):
@@ -106,11 +118,15 @@ def spread_fsdp2(model: PreTrainedModel, mesh: DeviceMesh | None = None) -> None
         model: in place.
         mesh: of the ranks, default all.
     """
-    layers = set(model._no_split_modules or ())
-    for module in list(model.modules()):
-        if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """What transformers would not split over devices; by class, which FSDP2 changes."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def at_hand(
@@ -120,6 +136,7 @@ def at_hand(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     on_any_rank: Callable[[bool], bool],
+    by_layer: bool,
 ) -> AtHand:
     """The contexts that an engine needs.
 
@@ -129,13 +146,23 @@ def at_hand(
         student: the causal LM inside.
         teacher: as `spread_teacher` left it.
         on_any_rank: as in `AtHand`.
+        by_layer: is the teacher never whole, but for what is outside of its layers?
     """
     if engine is Engine.ZERO_3:
-        return zero3_at_hand(wrapped, student, teacher, on_any_rank)
+        return zero3_at_hand(wrapped, student, teacher, on_any_rank, by_layer)
     if engine is Engine.FSDP_2:
         reshard = bool(accelerator.state.fsdp_plugin.reshard_after_forward)
-        return fsdp2_at_hand(wrapped, student, teacher, on_any_rank, reshard)
+        return fsdp2_at_hand(wrapped, student, teacher, on_any_rank, by_layer, reshard)
     return AtHand()
+
+
+def _asking(
+    teacher: PreTrainedModel | None, on_any_rank: Callable[[bool], bool], by_layer: bool
+) -> Context:
+    """`AtHand.asking`: only forwards that gather have to be made together."""
+    if teacher is None or not by_layer:
+        return nullcontext
+    return partial(joint_forwards, teacher.get_decoder(), _device(teacher), on_any_rank)
 
 
 def zero3_at_hand(
@@ -143,8 +170,13 @@ def zero3_at_hand(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     on_any_rank: Callable[[bool], bool],
+    by_layer: bool,
 ) -> AtHand:
-    """DeepSpeed's gathering, with the hooks of the student's engine off during rollouts."""
+    """DeepSpeed's gathering, with the hooks of the student's engine off during rollouts.
+
+    Args:
+        wrapped, student, teacher, on_any_rank, by_layer: as in `at_hand`.
+    """
     import deepspeed  # an extra of Axolotl's
 
     backward = ExitStack()
@@ -159,6 +191,24 @@ def zero3_at_hand(
             for parameter in parameters:
                 stack.enter_context(deepspeed.zero.GatheredParameters([parameter]))
             yield
+
+    @contextmanager
+    def teacher_at_hand() -> Iterator[None]:
+        if teacher is None:
+            yield
+            return
+        layers = layers_of(teacher) if by_layer else []
+        inside = {id(p) for layer in layers for p in layer.parameters()}
+        with gathered(p for p in teacher.parameters() if id(p) not in inside), ExitStack() as hooks:
+            for layer in layers:
+                for hook in _around_forwards(layer, partial(gathered, list(layer.parameters()))):
+                    hooks.callback(hook.remove)
+            yield
+
+    @contextmanager
+    def whole(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+        with gathered([] if parameter.numel() else [parameter]):  # which would part it at its end
+            yield parameter
 
     @contextmanager
     def student_at_hand() -> Iterator[None]:
@@ -186,11 +236,29 @@ def zero3_at_hand(
 
     return AtHand(
         student=student_at_hand,
-        teacher=lambda: gathered([] if teacher is None else teacher.parameters()),
+        teacher=teacher_at_hand,
+        asking=_asking(teacher, on_any_rank, by_layer),
         heads=heads_at_hand,
         micro_batch=micro_batch,
         on_any_rank=on_any_rank,
+        whole=whole,
     )
+
+
+def _around_forwards(module: nn.Module, context: Context) -> list[RemovableHandle]:
+    """Hooks that enter a context before every forward of a module and leave it after."""
+    entered = ExitStack()
+
+    def enter(*_: object) -> None:
+        entered.enter_context(context())
+
+    def leave(*_: object) -> None:
+        entered.close()
+
+    return [
+        module.register_forward_pre_hook(enter),
+        module.register_forward_hook(leave, always_call=True),
+    ]
 
 
 def _head_parameters(model: PreTrainedModel | None) -> list[nn.Parameter]:
@@ -202,12 +270,13 @@ def fsdp2_at_hand(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     on_any_rank: Callable[[bool], bool],
+    by_layer: bool,
     reshard_after_forward: bool,
 ) -> AtHand:
     """FSDP2's unsharding, with no resharding between the forwards of a rollout.
 
     Args:
-        wrapped, student, teacher, on_any_rank: as in `at_hand`.
+        wrapped, student, teacher, on_any_rank, by_layer: as in `at_hand`.
         reshard_after_forward: what the student does in training, and is set back to.
     """
 
@@ -226,22 +295,35 @@ def fsdp2_at_hand(
             for group in passing:
                 group.reshard()
 
+    def teacher_at_hand() -> AbstractContextManager[None]:
+        if teacher is None:
+            return nullcontext()
+        # The root's group is what is outside of the layers.
+        return _gathered(teacher, [teacher] if by_layer else _groups(teacher), True)
+
+    def whole(parameter: nn.Parameter) -> AbstractContextManager[torch.Tensor]:
+        is_spread = isinstance(parameter, DTensor)
+        return nullcontext(parameter.full_tensor() if is_spread else parameter)
+
     return AtHand(
-        student=lambda: _gathered(wrapped(), reshard_after_forward),
-        teacher=lambda: nullcontext() if teacher is None else _gathered(teacher, True),
+        student=lambda: _gathered(wrapped(), _groups(wrapped()), reshard_after_forward),
+        teacher=teacher_at_hand,
+        asking=_asking(teacher, on_any_rank, by_layer),
         heads=heads_at_hand,
         on_any_rank=on_any_rank,
+        whole=whole,
     )
 
 
 @contextmanager
-def _gathered(model: nn.Module, reshard_after_forward: bool) -> Iterator[None]:
-    """All groups of a model whole; afterwards they do after a forward what they are told to."""
-    groups = _groups(model)
+def _gathered(
+    model: nn.Module, groups: Sequence[FSDPModule], reshard_after_forward: bool
+) -> Iterator[None]:
+    """Some groups of a model whole; afterwards they do after a forward what they are told to."""
     if groups:
         for group in groups:
             group.set_reshard_after_forward(False, recurse=False)
-        # A forward of one token gathers all groups and leaves them so. `unshard` alone would not do:
+        # A forward of one token gathers these groups and leaves them so. `unshard` alone would not do:
         # FSDP2 takes for its root what is called first, and rollouts call the decoder.
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=_device(model)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -105,6 +106,7 @@ class RolloutSource:
         pad_to_multiple_of: int | None,
         top_k: TopKPolicy | None = None,
         skip_non_finite: bool = False,
+        asking: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """
         Args:
@@ -120,6 +122,7 @@ class RolloutSource:
             pad_token_id, pad_to_multiple_of: as in `pad_rows`.
             top_k: K of each step, None where no top-K test is made.
             skip_non_finite: leave rows out of the loss for which nothing can be sampled.
+            asking: entered once a window, around all that is sampled (`sharding.AtHand.asking`).
         """
         self._sample = sample
         self._source = source
@@ -134,6 +137,7 @@ class RolloutSource:
         self._pad_to_multiple_of = pad_to_multiple_of
         self._top_k = top_k
         self._skip_non_finite = skip_non_finite
+        self._asking = asking
         self._warned = False
 
     def complete(
@@ -143,7 +147,8 @@ class RolloutSource:
         if self._top_k is not None:
             self._params = replace(self._params, teacher_top_k=self._top_k.choose(progress))
         batches = [self._expand(batch, epoch, progress) for batch in batches]
-        batches, rollout = self._roll_out(batches)
+        with self._asking():
+            batches, rollout = self._roll_out(batches)
         completed, start = [], 0
         for batch in batches:
             stop = start + int((batch["rolled_out"] & ~batch["skipped"]).sum())

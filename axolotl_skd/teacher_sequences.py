@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,24 @@ class TeacherSequence:
     finish: FinishReason
 
 
-def fingerprint(model: nn.Module) -> str:
-    """What identifies a teacher wherever it lies: its configuration and part of every weight."""
+def fingerprint(
+    model: nn.Module,
+    whole: Callable[[nn.Parameter], AbstractContextManager[Tensor]] = nullcontext,
+) -> str:
+    """What identifies a teacher wherever it lies: its configuration and part of every weight.
+
+    Args:
+        model: the teacher.
+        whole: a weight in one piece (`sharding.AtHand.whole`).
+    """
     config = model.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        some = flat[:: max(1, len(flat) // _FINGERPRINT_NUMBERS)]
+        with whole(weight) as entire:
+            flat = entire.detach().flatten()
+            some = flat[:: max(1, len(flat) // _FINGERPRINT_NUMBERS)].clone()
         digest.update(name.encode() + some.cpu().double().numpy().tobytes())
     return digest.hexdigest()[:32]
 
@@ -128,6 +138,7 @@ def make_sequences(
     rank: int = 0,
     num_ranks: int = 1,
     barrier: Callable[[], None] = lambda: None,
+    asking: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, TeacherSequence]:
     """Read what is there, make what is not: each rank its share, all wait for all.
 
@@ -141,6 +152,7 @@ def make_sequences(
         skip_non_finite: where nothing can be sampled, keep that. Else it is tried again and stops.
         rank, num_ranks: of this process.
         barrier: waits for all ranks.
+        asking: entered once, around all that is sampled (`sharding.AtHand.asking`).
 
     Returns:
         the sequences by `Request.key`.
@@ -159,12 +171,13 @@ def make_sequences(
     if wanted and len(wanted) < len(mine):
         LOG.info("%d of %d teacher sequences are there already", len(mine) - len(wanted), len(mine))
     try:
-        with tqdm(
+        progress = tqdm(
             total=len(mine),
             initial=len(mine) - len(wanted),
             desc="teacher sequences",
             disable=rank > 0 or not wanted,
-        ) as progress:
+        )
+        with progress, asking():
             for start in range(0, len(wanted), batch_size):
                 group = wanted[start : start + batch_size]
                 made = _made(group, sample, params, max_new_tokens, skip_non_finite)

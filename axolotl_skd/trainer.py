@@ -298,7 +298,8 @@ class DistillationCore(Trainer):
         asked = torch.empty(0, teacher.state_size, device=teacher.device)
         # Together, or not at all: where weights are spread, no rank can ask the teacher alone.
         if self._attached().at_hand.on_any_rank(bool(missing.any())):
-            with self._attached().at_hand.teacher():
+            at_hand = self._attached().at_hand
+            with at_hand.teacher(), at_hand.asking():
                 asked = self._teacher_hidden(inputs, predicted, missing)
         if stored is None:
             return TeacherTargets(asked, teacher.logits)

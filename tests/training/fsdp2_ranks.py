@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_skd.data import pad_rows
@@ -25,7 +26,7 @@ from axolotl_skd.methods import get_method
 from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.lm import probed_lm, rollout_mode
 from axolotl_skd.rollout.types import SamplingParams, Source
-from axolotl_skd.sharding import AtHand, fsdp2_at_hand, spread_fsdp2
+from axolotl_skd.sharding import AtHand, fsdp2_at_hand, layers_of, spread_fsdp2
 from axolotl_skd.sources import Batch, RolloutSource
 from axolotl_skd.trainer import DistillationCore, Distiller
 
@@ -39,6 +40,8 @@ PARAMS = SamplingParams(
     # Many, so that rows end at different lengths.
     stop_token_ids=tuple(range(20, 512, 8)),
 )
+# The student, and whether the teacher is gathered layer by layer.
+CASES = (("student", False), ("student_untied", False), ("student_untied", True))
 # Rows of the micro-batches of a window, by rank: their prompts' lengths.
 WINDOW = (((5, 9, 3), (7,)), ((4,), (6, 2)))
 
@@ -81,6 +84,7 @@ class Run:
             seed=3,
             pad_token_id=0,
             pad_to_multiple_of=8,
+            asking=at_hand.asking,
         )
         self.trainer = _Core.__new__(_Core)  # Hugging Face's own constructor would start an engine
         self.trainer.accelerator = SimpleNamespace(num_processes=ranks)
@@ -117,9 +121,23 @@ def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def spread_run(pair: Path, name: str) -> Run:
-    """Layers and root as accelerate wraps them."""
+def watch_layers(model: PreTrainedModel) -> list[int]:
+    """Grows by how many layers are whole in each forward of one, those of tries at start included."""
+    layers, seen = layers_of(model), []
+
+    def count(*_: object) -> None:
+        whole = [not isinstance(next(layer.parameters()), DTensor) for layer in layers]
+        seen.append(sum(whole))
+
+    for layer in layers:
+        layer.register_forward_hook(count, prepend=True)
+    return seen
+
+
+def spread_run(pair: Path, name: str, by_layer: bool) -> tuple[Run, list[int]]:
+    """Layers and root as accelerate wraps them; and `watch_layers` of the teacher."""
     student, teacher = load(pair / name), load(pair / "teacher").requires_grad_(False)
+    whole_layers = watch_layers(teacher)
     spread_fsdp2(teacher)
 
     def on_any_rank(here: bool) -> bool:
@@ -127,12 +145,12 @@ def spread_run(pair: Path, name: str) -> Run:
         dist.all_reduce(flag)
         return bool(flag > 0)
 
-    at_hand = fsdp2_at_hand(lambda: student, student, teacher, on_any_rank, True)
+    at_hand = fsdp2_at_hand(lambda: student, student, teacher, on_any_rank, by_layer, True)
     run = Run(student, teacher, at_hand, ranks=dist.get_world_size())  # the student is whole here
     for layer in student.model.layers:
         fully_shard(layer, reshard_after_forward=True)
     fully_shard(student, reshard_after_forward=True)
-    return run
+    return run, whole_layers
 
 
 def main() -> None:
@@ -141,8 +159,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     found: dict[str, Any] = {}
-    for name in ("student", "student_untied"):
-        spread = spread_run(pair, name)
+    for name, by_layer in CASES:
+        spread, whole_layers = spread_run(pair, name, by_layer)
         whole = Run(load(pair / name), load(pair / "teacher"), AtHand(), ranks=1)
         steps = []
         for step in range(3):
@@ -160,7 +178,8 @@ def main() -> None:
                 }
             )
         mine = batch((4, 3), rank, 9)
-        found[name] = {
+        found[name, by_layer] = {
+            "whole_layers": max(whole_layers),
             "steps": steps,
             "validation": (spread.validation(mine), whole.validation(mine)),
             "elements": sum(p.to_local().numel() for p in spread.student.parameters()),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.training.fsdp2_ranks import CASES
 from tests.training.harness import largest_difference, save_model
 from tests.training.test_ranks import start
 
@@ -24,8 +25,10 @@ def test_spread_by_fsdp2_as_whole(pair: Path, tmp_path: Path) -> None:
     assert child.returncode == 0, child.stdout[-6000:]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
-    for name in ("student", "student_untied"):
-        first, second = (rank[name] for rank in ranks)
+    for case in CASES:
+        first, second = (rank[case] for rank in ranks)
+        by_layer = case[1]
+        assert (first["whole_layers"] == 1) == by_layer
         for here, there in zip(first["steps"], second["steps"], strict=True):
             assert here["tokens"] + there["tokens"] == here["expected_tokens"]
             assert here["loss"] + there["loss"] == pytest.approx(here["expected_loss"], rel=1e-6)

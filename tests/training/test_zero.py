@@ -59,9 +59,15 @@ def test_zero_3_equals_one_rank(pair: Path, tmp_path: Path) -> None:
         # Rows with and without stored states: a rank may have to ask the teacher for the other.
         "untied": base_config(pair, **common, base_model=untied, method="mixed_skd"),
         "lora": base_config(pair, **common, **LORA, base_model=untied, method="seqkd"),
+        "by_layer": base_config(pair, **common, base_model=untied, method="mixed_skd"),
+        "by_layer_seqkd": base_config(pair, **common, method="seqkd"),
         "quantised": base_config(pair, **common, teacher={**teacher, "load_in_8bit": True}),
     }
     spread = {name: {**config, "deepspeed": ZERO_3} for name, config in configs.items()}
+    for name in ("by_layer", "by_layer_seqkd"):
+        block = spread[name]["distillation"]
+        layers = {**block["teacher"], "gather": "layers"}
+        spread[name]["distillation"] = {**block, "teacher": layers}
     succeed(2, spread, tmp_path / "two")
 
     for name, config in configs.items():
@@ -70,6 +76,8 @@ def test_zero_3_equals_one_rank(pair: Path, tmp_path: Path) -> None:
         assert [rank["processes"] for rank in two] == [2, 2]
         assert [rank["stored"] for rank in two] == [0, 0], "weights are whole outside of gathering"
         assert_same_rollouts(one, two)
+        if name == "by_layer":
+            assert [rank["whole_layers"] for rank in two] == [1, 1] != [one["whole_layers"]] * 2
         assert logged(two[0], "loss")[0] == pytest.approx(logged(one, "loss")[0], rel=1e-6)
         assert logged(two[0], "loss") == pytest.approx(logged(one, "loss"), rel=1e-5)
         assert logged(two[0], "eval_loss") == pytest.approx(logged(one, "eval_loss"), rel=1e-5)

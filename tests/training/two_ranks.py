@@ -17,9 +17,10 @@ from typing import Any
 import axolotl.train
 import axolotl.utils.distributed
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from axolotl_skd.losses import fused
+from axolotl_skd.sharding import layers_of
 from tests.training.harness import DistillationTrainer, run_training, weights
 
 
@@ -42,11 +43,24 @@ class WeightsAfter(TrainerCallback):
             self.weights = weights(self._trainer)
 
 
+def watch_layers(model: PreTrainedModel) -> list[int]:
+    """Grows by how many layers DeepSpeed has in one piece, in each forward of one."""
+    layers, seen = layers_of(model), []
+
+    def count(*_: object) -> None:
+        seen.append(sum(next(layer.parameters()).numel() > 0 for layer in layers))
+
+    for layer in layers:
+        layer.register_forward_hook(count, prepend=True)
+    return seen
+
+
 def trained(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     """What this rank saw of one training."""
     torch.manual_seed(0)  # adapters begin with random weights
     rows: dict[int, list[list[int]]] = {}
     after: list[WeightsAfter] = []
+    whole_layers: list[list[int]] = []
 
     def watch(trainer: DistillationTrainer) -> None:
         source = trainer.distiller.source
@@ -64,6 +78,8 @@ def trained(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
             return completed, metrics
 
         source.complete = watched
+        if trainer.distiller.teacher is not None:
+            whole_layers.append(watch_layers(trainer.distiller.teacher.model))
         after.append(WeightsAfter(trainer))
         trainer.add_callback(after[0])
 
@@ -72,6 +88,7 @@ def trained(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
         "rows": rows,
         "weights": after[0].weights,
         "log": trainer.state.log_history,
+        "whole_layers": max((max(seen, default=0) for seen in whole_layers), default=0),
         "steps": trainer.state.global_step,
         "processes": trainer.accelerator.num_processes,
         "stored": sum(p.numel() for p in trainer.model.parameters()),
