@@ -22,6 +22,7 @@ from axolotl_skd.losses.divergences import get_divergence
 from axolotl_skd.losses.gates import get_gate
 from axolotl_skd.losses.objective import Objective
 from axolotl_skd.memory import Forecast, forecast, step_shape, warn_of_memory
+from axolotl_skd.memory_of_ranks import Division, on_each_rank
 from axolotl_skd.methods import LossRecipe
 from axolotl_skd.offload import Offloaded
 from axolotl_skd.preflight import (
@@ -102,6 +103,7 @@ def assemble(
             student_model,
             teacher_model,
             weights,
+            engine,
             seed if distillation.seed is None else distillation.seed,
             sequence_len,
             prepared_path,
@@ -140,6 +142,7 @@ def _assemble(
     student_model: PreTrainedModel,
     teacher_model: PreTrainedModel | None,
     weights: AtHand,
+    engine: Engine,
     seed: int,
     sequence_len: int,
     prepared_path: Path,
@@ -157,7 +160,7 @@ def _assemble(
         warn_of_unknown_tokens(shared)
     student, teacher = _views(trainer, distillation, student_model, teacher_model, shared)
     params = sampling_params(distillation, preflight.stop_token_ids)
-    predicted = _forecast(trainer, distillation, student, teacher, sequence_len)
+    predicted = _forecast(trainer, distillation, student, teacher, engine, sequence_len)
     warn_of_memory(predicted)
     source = completion_source(
         trainer, distillation, params, student, teacher, weights, seed, prepared_path
@@ -268,8 +271,10 @@ def _forecast(
     distillation: Distillation,
     student: CausalLM,
     teacher: CausalLM | None,
+    engine: Engine,
     sequence_len: int,
 ) -> Forecast:
+    """Of a rank among the others."""
     rollout, method = distillation.rollout, distillation.method_row
     half = trainer.args.bf16 or trainer.args.fp16
     shape = step_shape(
@@ -282,13 +287,22 @@ def _forecast(
         num_rollouts=rollout.num_rollouts,
         activation_bytes=2 if half else student.model.dtype.itemsize,
     )
-    return forecast(
+    alone = forecast(
         student,
         teacher,
         shape,
         offloaded=distillation.teacher.offload,
         released=method.loss is LossRecipe.CROSS_ENTROPY,
     )
+    division = Division(
+        engine,
+        trainer.accelerator.num_processes,
+        teacher=engine.shards_weights
+        and teacher is not None
+        and not is_quantised(distillation.teacher),
+        by_layer=distillation.teacher.gather == "layers",
+    )
+    return on_each_rank(alone, student, teacher, shape, division)
 
 
 def _new_capture(

@@ -1,4 +1,4 @@
-"""What a step will need at its peak, said before training, and what it did need.
+"""What a step will need at its peak on one rank, said before training, and what it did need.
 
 A sum of the large things, from shapes alone: it is meant to tell 20 GiB from 30, not 20 from 21. The
 backward pass and the rollout do not coincide (caches are freed before), so the peak is the larger of
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from axolotl_skd.losses.fused import chunk_size
@@ -30,6 +31,7 @@ LOG = logging.getLogger(__name__)
 
 GIB = 2**30
 
+_FLOAT32_BYTES = 4
 # Matrices of a chunk of positions by V that the loss holds at one time: logits of both models and a
 # gradient.
 _LOSS_MATRICES = 3
@@ -142,7 +144,7 @@ def forecast(
     always = {
         "student": weight_bytes(student),
         "teacher": beside_bytes,
-        "optimizer": sum(_optimizer_bytes(shape.optimizer, p) for p in trainable),
+        "optimizer": sum(optimizer_bytes(shape.optimizer, p) for p in trainable),
         # Autocast keeps its copies for a whole rollout, and from the forward to the backward pass.
         "cast weights": sum(
             p.numel() * shape.activation_bytes
@@ -257,9 +259,13 @@ def weight_bytes(lm: CausalLM) -> int:
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor as it is stored: what a quantised one wraps, not what it stands for."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.numel() * tensor.element_size()
+    """Bytes of a tensor as it is stored: what a quantised one wraps, not what it stands for.
+
+    Of one that is spread over ranks, of all its parts together.
+    """
+    if isinstance(tensor, DTensor) or not hasattr(tensor, "__tensor_flatten__"):
+        # Where DeepSpeed has put a weight elsewhere, an empty one stands for it.
+        return getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
     names, _ = tensor.__tensor_flatten__()
     return sum(stored_bytes(getattr(tensor, name)) for name in names)
 
@@ -275,9 +281,12 @@ def kv_bytes(lm: CausalLM) -> int:
 # What makes each part of a forecast smaller.
 _REMEDIES = {
     "student": "load_in_4bit: true with adapter: qlora",
+    "gathered student": "DDP with an 8-bit optimizer:, or a smaller base_model",
     "teacher": "distillation.teacher: load_in_4bit: true, another device, or offload: true",
+    "gathered teacher": "distillation.teacher: gather: layers, or load_in_4bit: true",
     "optimizer": "optimizer: adamw_bnb_8bit, or adapter: lora",
     "gradients": "adapter: lora",
+    "gradient buckets": "adapter: lora",
     "head gradient": "adapter: lora",
     "activations": "gradient_checkpointing: true, then a smaller micro_batch_size",
     "teacher states": "fewer gradient_accumulation_steps",
@@ -351,8 +360,17 @@ def _process_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _optimizer_bytes(name: str, parameter: torch.Tensor) -> int:
-    per_number = _OPTIMIZER_BYTES.get(name, 2 * parameter.element_size())
+def optimizer_bytes(name: str, parameter: torch.Tensor, masters: bool = False) -> int:
+    """Bytes of an optimizer's states of a parameter.
+
+    Args:
+        name: the optimizer's, Hugging Face's.
+        parameter: in the dtype in which it is loaded.
+        masters: does the optimizer work on float32 copies of coarser parameters?
+    """
+    copied = masters and parameter.element_size() < _FLOAT32_BYTES
+    size = _FLOAT32_BYTES if copied else parameter.element_size()
+    per_number = _OPTIMIZER_BYTES.get(name, 2 * size) + (size if copied else 0)
     return per_number * parameter.numel()
 
 

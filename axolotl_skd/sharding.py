@@ -124,9 +124,13 @@ def spread_fsdp2(model: PreTrainedModel, mesh: DeviceMesh | None = None) -> None
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """What transformers would not split over devices; by class, which FSDP2 changes."""
+    """What transformers would not split over devices."""
     names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+
+    def is_layer(module: nn.Module) -> bool:  # also below the class that FSDP2 puts above its own
+        return not names.isdisjoint(base.__name__ for base in type(module).__mro__)
+
+    return [module for module in model.modules() if is_layer(module)]
 
 
 def at_hand(

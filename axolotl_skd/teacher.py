@@ -101,8 +101,9 @@ def check_quantised_checkpoint(config: TeacherConfig, teacher: PreTrainedConfig)
 
 def is_quantised(config: TeacherConfig) -> bool:
     """Will its weights be quantised, because it was asked for or because they come so?"""
-    comes_so = getattr(read_teacher_config(config), "quantization_config", None) is not None
-    return config.quantised is not None or comes_so
+    if config.quantised is not None:
+        return True
+    return getattr(read_teacher_config(config), "quantization_config", None) is not None
 
 
 def quantization_config(config: TeacherConfig) -> BitsAndBytesConfig | TorchAoConfig | None:

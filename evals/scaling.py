@@ -15,7 +15,8 @@ E = (1 - a^G) / (1 - a) tokens a round, takes
     training   (8 N_s B (P + T) + 2 V H_t B T) / speed     checkpointed passes, teacher's head
     optimizer  28 N_s / n / bandwidth                      float32 AdamW; n = 1 where `replicated`
     exchange   2 x 4 N_s / link                            gradients (rings over many GPUs)
-    gathering  2 N_t / link                                where `sharded`, before a rollout
+    gathering  2 N_t / link                                where `sharded`, before a rollout;
+                                                           where `by layer`, in each c_t
 
 Bytes: student 16 N_s (float32 weights, gradients, two moments) + 2 N_s (its bf16 casts), teacher 2 N_t;
 caches, stored teacher states and checkpointed layer inputs in bf16. Where the models are:
@@ -23,8 +24,10 @@ caches, stored teacher states and checkpointed layer inputs in bf16. Where the m
     replicated   every GPU holds both
     4-bit        the student's 16 N_s spread over all GPUs; an nf4 teacher on each: 9/16 N_t in memory
                  (a float32 scale per 64 weights); a forward reads that, writes 2 N_t and reads it
-    sharded      the student's 16 N_s and the teacher spread over all GPUs; both are gathered once a
-                 step, for the rollout, so that in between a GPU has room for the training's activations
+    sharded      the student's 16 N_s and the teacher spread over all GPUs; beside its parts a GPU
+                 gathers both once a step, for the rollout: in between there is room for activations
+    by layer     the same, but of the teacher no more than a layer, the head and the embeddings at a
+                 time (`distillation.teacher.gather: layers`)
 
 Left out: attention's own products, sampling, launch overhead, ragged lengths, the input pipeline.
 """
@@ -39,7 +42,12 @@ from pathlib import Path
 START, END = "<!-- scaling: begin -->", "<!-- scaling: end -->"
 COMMAND = "python evals/scaling.py --write README.md"
 GPUS = (1, 8, 64)
-REPLICATED, FOUR_BIT, SHARDED = PLACEMENTS = ("replicated", "4-bit", "sharded")
+REPLICATED, FOUR_BIT, SHARDED, BY_LAYER = PLACEMENTS = (
+    "replicated",
+    "4-bit",
+    "sharded",
+    "by layer",
+)
 NF4 = 0.5 + 4 / 64  # bytes a weight
 NODE = 8
 GIB = 2**30
@@ -149,12 +157,15 @@ def cost(
     """What the formulas at the top of this file say."""
     link = device.node_link if gpus <= NODE else device.wide_link
     shared = (gpus - 1) / gpus  # of the bytes that a collective moves, what comes from others
-    unpacking = 0.0
+    gathering = shared * teacher.weights / link
+    fetching = 0.0  # of a forward's weights
     if placement == FOUR_BIT:
-        unpacking = (NF4 * teacher.parameters + teacher.weights) / device.bandwidth
+        fetching = (NF4 * teacher.parameters + teacher.weights) / device.bandwidth
+    elif placement == BY_LAYER:
+        fetching = gathering
 
     def verify(tokens: float, cache: float) -> float:
-        return forward(teacher, tokens, cache, device) + unpacking
+        return forward(teacher, tokens, cache, device) + fetching
 
     # Rows are half written on average.
     read = step.rows * (step.prompt + step.completion / 2)
@@ -173,11 +184,16 @@ def cost(
     # All-reduce, or reduce-scatter and two gathers of bf16 weights: as many bytes.
     exchange = shared * 2 * 4 * student.parameters / link
     if placement == SHARDED:
-        exchange += shared * teacher.weights / link
+        exchange += gathering
 
     asleep = awake = NF4 * teacher.parameters if placement == FOUR_BIT else teacher.weights
-    if placement == SHARDED:
+    if placement in (SHARDED, BY_LAYER):
         asleep /= gpus
+    if placement == SHARDED:
+        awake += asleep
+    elif placement == BY_LAYER:
+        outside = 2 * 2 * teacher.vocabulary * teacher.hidden
+        awake = asleep + outside + (teacher.weights - outside) / teacher.layers
     caches = trained * (student.kv + teacher.kv)
     activations = trained * student.layers * student.hidden * 2
     memory = 16 * student.parameters / parts + student.weights + written * teacher.hidden * 2

@@ -64,6 +64,18 @@ def test_deepspeed_by_file(tmp_path: Path) -> None:
         (ZERO_3, {"teacher": {"device_map": "auto"}}, "teacher.device_map: DeepSpeed ZeRO-3"),
         (FSDP_2, {"teacher": {"student_base": True}}, "teacher.student_base: FSDP2"),
         ({**ZERO_3, "bf16": True}, {"teacher": {"dtype": "float32"}}, "dtype: float32.*bfloat16"),
+        ({}, {"teacher": {"gather": "layers"}}, "plain data parallelism the teacher is whole"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2}}},
+            {"teacher": {"gather": "layers"}},
+            "gather: layers, but with DeepSpeed ZeRO-1/2 .* Remove gather:",
+        ),
+        (
+            ZERO_3,
+            {"teacher": {"gather": "layers", "load_in_4bit": True}},
+            "gather: layers, but a quantised",
+        ),
+        (FSDP_2, {"method": "sft", "teacher": {"gather": "layers"}}, "method sft has no teacher"),
         (ZERO_3, {"rollout": {"cuda_graphs": True}}, "Set cuda_graphs: false"),
         (FSDP_2, {"on_non_finite": "skip"}, "on_non_finite: skip .* FSDP2"),
         (ZERO_3, {"fp32_master_weights": True}, "float32 masters of its own. Remove it"),

@@ -124,8 +124,15 @@ def test_scaling_follows_its_formulas() -> None:
     spread = scaling.cost(student, teacher, 8, scaling.SHARDED, step, device)
     assert spread.rollout == alone.rollout
     assert spread.exchange == pytest.approx(7 / 8 * (8e9 + 16e9) / 1e11)
-    # Whole in the rollout all the same: only what the optimizer holds is spread.
-    assert alone.memory - spread.memory == pytest.approx(7 / 8 * 16e9)
+    # Whole in the rollout all the same, beside the part of it: what the optimizer holds is spread.
+    assert alone.memory - spread.memory == pytest.approx(7 / 8 * 16e9 - 16e9 / 8)
+    layers = scaling.cost(student, teacher, 8, scaling.BY_LAYER, step, device)
+    fetching = 7 / 8 * 16e9 / 1e11  # in every forward
+    assert layers.rollout == pytest.approx(alone.rollout + (1 + rounds) * fetching)
+    assert layers.exchange == pytest.approx(7 / 8 * 8e9 / 1e11)
+    head = 2 * 1000 * 2000
+    whole = 2 * head + (16e9 - 2 * head) / 20
+    assert spread.memory - layers.memory == pytest.approx(16e9 - whole)
 
 
 def test_the_sizes_on_paper_are_those_of_the_models() -> None:
