@@ -86,7 +86,8 @@ def _ray(gpus: int) -> str:
 
 _SPREAD = (
     "Student, gradients and optimizer states are spread over the ranks, and so is the teacher, "
-    "unquantised. For a rollout every rank gathers both models whole, once a step."
+    "unquantised. For a rollout every rank gathers both models whole, once a step; a teacher that "
+    "fits no GPU is gathered by layers with teacher: {gather: layers}."
 )
 LAUNCHES = {
     "ddp": Launch(
