@@ -53,17 +53,23 @@ def test_zero_3_equals_one_rank(pair: Path, tmp_path: Path) -> None:
     teacher = {"base_model": str(pair / "teacher")}
     rows = base_config(pair)["datasets"][0] | {"path": str(tmp_path / "train.jsonl")}
     common = {**SGD, "max_steps": 2, "micro_batch_size": 2, "datasets": [rows]}
-    common["dataset_prepared_path"] = str(tmp_path / "prepared")
     configs = {
         "tied": base_config(pair, **common, **validation_set(pair)),
         # Rows with and without stored states: a rank may have to ask the teacher for the other.
         "untied": base_config(pair, **common, base_model=untied, method="mixed_skd"),
         "lora": base_config(pair, **common, **LORA, base_model=untied, method="seqkd"),
         "by_layer": base_config(pair, **common, base_model=untied, method="mixed_skd"),
-        "by_layer_seqkd": base_config(pair, **common, method="seqkd"),
+        "by_layer_seqkd": base_config(
+            pair, **common, method="seqkd", rollout={"teacher_temperature": 0.7}
+        ),
         "quantised": base_config(pair, **common, teacher={**teacher, "load_in_8bit": True}),
     }
-    spread = {name: {**config, "deepspeed": ZERO_3} for name, config in configs.items()}
+    # Either makes the teacher's sequences itself.
+    prepared = {ranks: str(tmp_path / "prepared" / ranks) for ranks in ("one", "two")}
+    spread = {
+        name: {**config, "deepspeed": ZERO_3, "dataset_prepared_path": prepared["two"]}
+        for name, config in configs.items()
+    }
     for name in ("by_layer", "by_layer_seqkd"):
         block = spread[name]["distillation"]
         layers = {**block["teacher"], "gather": "layers"}
@@ -71,7 +77,8 @@ def test_zero_3_equals_one_rank(pair: Path, tmp_path: Path) -> None:
     succeed(2, spread, tmp_path / "two")
 
     for name, config in configs.items():
-        one = trained({**config, "gradient_accumulation_steps": 2}, tmp_path / "one" / name)
+        alone = {"gradient_accumulation_steps": 2, "dataset_prepared_path": prepared["one"]}
+        one = trained({**config, **alone}, tmp_path / "one" / name)
         two = results(tmp_path / "two", name, ranks=2)
         assert [rank["processes"] for rank in two] == [2, 2]
         assert [rank["stored"] for rank in two] == [0, 0], "weights are whole outside of gathering"
@@ -82,5 +89,12 @@ def test_zero_3_equals_one_rank(pair: Path, tmp_path: Path) -> None:
         assert logged(two[0], "loss") == pytest.approx(logged(one, "loss"), rel=1e-5)
         assert logged(two[0], "eval_loss") == pytest.approx(logged(one, "eval_loss"), rel=1e-5)
         assert largest_difference(one["weights"], two[0]["weights"]) < 1e-5
+    # Folders are named by the teacher's weights, also where these are in parts, and its settings.
+    made = [
+        {folder.name for folder in Path(path, "teacher_sequences").iterdir()}
+        for path in prepared.values()
+    ]
+    assert made[0] == made[1]
+    assert len(made[0]) == 2
     saved = saved_weights(tmp_path / "two" / "untied" / "model")
     assert largest_difference(saved, results(tmp_path / "two", "untied", 1)[0]["weights"]) == 0
