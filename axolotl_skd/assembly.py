@@ -18,11 +18,18 @@ from transformers import PreTrainedModel
 
 from axolotl_skd.completion_source import completion_source
 from axolotl_skd.config import Distillation
+from axolotl_skd.config_blocks import TeacherConfig
 from axolotl_skd.losses.divergences import get_divergence
 from axolotl_skd.losses.gates import get_gate
 from axolotl_skd.losses.objective import Objective
-from axolotl_skd.memory import Forecast, forecast, step_shape, warn_of_memory
+from axolotl_skd.memory import Forecast, StepShape, forecast, free_memory, step_shape
 from axolotl_skd.memory_of_ranks import Division, on_each_rank
+from axolotl_skd.memory_remedies import (
+    taken_of_student,
+    taken_of_teacher,
+    warn_before_loading,
+    warn_of_memory,
+)
 from axolotl_skd.methods import LossRecipe
 from axolotl_skd.offload import Offloaded
 from axolotl_skd.preflight import (
@@ -44,7 +51,8 @@ from axolotl_skd.sharding import (
     spread_teacher,
 )
 from axolotl_skd.start_line import parameter_counts, start_line
-from axolotl_skd.teacher import base_alone, is_quantised, load_teacher
+from axolotl_skd.teacher import base_alone, is_quantised, load_teacher, read_teacher_config
+from axolotl_skd.teacher_size import bytes_to_load
 from axolotl_skd.trainer import DistillationTrainer, Distiller, base_causal_lm
 from axolotl_skd.vocabulary import SharedVocabulary, share_vocabulary
 
@@ -86,15 +94,16 @@ def assemble(
     teacher_model = None
     if distillation.method_row.needs_teacher:
         teacher_model = _teacher_model(trainer, distillation, student_model, engine)
-    weights = at_hand(
+    weights_with = partial(
+        at_hand,
         accelerator,
         engine,
         lambda: trainer.model_wrapped,
         student_model,
-        teacher_model,
-        trainer.on_any_rank,
+        on_any_rank=trainer.on_any_rank,
         by_layer=distillation.teacher.gather == "layers",
     )
+    weights = weights_with(teacher_model)
     with rollout_mode(student_model), weights.student(), weights.teacher():
         return _assemble(
             trainer,
@@ -103,6 +112,7 @@ def assemble(
             student_model,
             teacher_model,
             weights,
+            weights_with,
             engine,
             seed if distillation.seed is None else distillation.seed,
             sequence_len,
@@ -121,6 +131,7 @@ def _teacher_model(
         return student
     # Quantised weights are small, and cannot be cut: they stay whole on every rank.
     if not engine.shards_weights or is_quantised(distillation.teacher):
+        _warn_before_loading(distillation.teacher, trainer.args.device, engine)
         with loaded_whole(trainer.args, engine):
             return load_teacher(distillation.teacher, trainer.args.device)
     teacher = load_teacher(
@@ -135,6 +146,14 @@ def _teacher_model(
     return teacher
 
 
+def _warn_before_loading(config: TeacherConfig, beside: torch.device, engine: Engine) -> None:
+    needed = bytes_to_load(config, read_teacher_config(config))
+    if needed is not None and not config.device_map:
+        device = torch.device(config.device or beside)
+        without = taken_of_teacher(config, engine)
+        warn_before_loading(needed, device, free_memory(device), without)
+
+
 def _assemble(
     trainer: DistillationTrainer,
     distillation: Distillation,
@@ -142,6 +161,7 @@ def _assemble(
     student_model: PreTrainedModel,
     teacher_model: PreTrainedModel | None,
     weights: AtHand,
+    weights_with: Callable[[PreTrainedModel | None], AtHand],
     engine: Engine,
     seed: int,
     sequence_len: int,
@@ -160,14 +180,18 @@ def _assemble(
         warn_of_unknown_tokens(shared)
     student, teacher = _views(trainer, distillation, student_model, teacher_model, shared)
     params = sampling_params(distillation, preflight.stop_token_ids)
-    predicted = _forecast(trainer, distillation, student, teacher, engine, sequence_len)
-    warn_of_memory(predicted)
+    shape = _shape(trainer, distillation, student, sequence_len)
+    predicted = _forecast(trainer, distillation, student, teacher, shape, engine)
+    settled = taken_of_teacher(distillation.teacher, engine)
+    settled |= taken_of_student(trainer.args, shape, student_model, engine)
+    warn_of_memory(predicted, without=settled)
     source = completion_source(
         trainer, distillation, params, student, teacher, weights, seed, prepared_path
     )
     described = None if teacher is None else _described(teacher, distillation)
     if distillation.method_row.loss is LossRecipe.CROSS_ENTROPY:
-        teacher = None  # it has written its sequences and is needed no more
+        # It has written its sequences and is needed no more.
+        teacher, weights = None, weights_with(None)
     if teacher is not None and distillation.teacher.offload:
         weights = replace(weights, teacher=Offloaded(teacher.model).at_hand)
     trainer.attach(
@@ -266,18 +290,12 @@ def _objective(distillation: Distillation) -> Objective:
     )
 
 
-def _forecast(
-    trainer: DistillationTrainer,
-    distillation: Distillation,
-    student: CausalLM,
-    teacher: CausalLM | None,
-    engine: Engine,
-    sequence_len: int,
-) -> Forecast:
-    """Of a rank among the others."""
+def _shape(
+    trainer: DistillationTrainer, distillation: Distillation, student: CausalLM, sequence_len: int
+) -> StepShape:
     rollout, method = distillation.rollout, distillation.method_row
     half = trainer.args.bf16 or trainer.args.fp16
-    shape = step_shape(
+    return step_shape(
         trainer.args,
         source=method.source,
         prompt_tokens=rollout.max_prompt_tokens,
@@ -287,12 +305,23 @@ def _forecast(
         num_rollouts=rollout.num_rollouts,
         activation_bytes=2 if half else student.model.dtype.itemsize,
     )
+
+
+def _forecast(
+    trainer: DistillationTrainer,
+    distillation: Distillation,
+    student: CausalLM,
+    teacher: CausalLM | None,
+    shape: StepShape,
+    engine: Engine,
+) -> Forecast:
+    """Of a rank among the others."""
     alone = forecast(
         student,
         teacher,
         shape,
         offloaded=distillation.teacher.offload,
-        released=method.loss is LossRecipe.CROSS_ENTROPY,
+        released=distillation.method_row.loss is LossRecipe.CROSS_ENTROPY,
     )
     division = Division(
         engine,

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from axolotl_skd.config_blocks import EvalConfig
 from axolotl_skd.evaluation.data_sources import local_folder
-from axolotl_skd.evaluation.models import EvalModel, EvalSettings
+from axolotl_skd.evaluation.models import EvalModel, EvalSettings, honest_attention
 from axolotl_skd.evaluation.needs import needs_data
 from axolotl_skd.evaluation.results import (
     RESULTS_FILE,
@@ -216,4 +216,5 @@ def _model(
         tokenizer=cfg["output_dir"],
         device=device or str(cfg.get("device") or "cpu"),
         trust_remote_code=bool(cfg.get("trust_remote_code")),
+        attn_implementation=honest_attention(base_model),
     )

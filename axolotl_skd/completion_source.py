@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def completion_source(
         pad_to_multiple_of=collator.pad_to_multiple_of,
         top_k=_top_k(trainer, distillation, student.vocab_size),
         skip_non_finite=distillation.on_non_finite == "skip",
-        asking=weights.asking,
+        asking=weights.asking if method.source is Source.INTERLEAVED else nullcontext,
     )
 
 

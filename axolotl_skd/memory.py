@@ -10,7 +10,6 @@ size, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 import os
 import resource
 import sys
@@ -18,16 +17,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
+from axolotl_skd.held_weights import held_bytes, held_weights, stored_bytes
 from axolotl_skd.losses.fused import chunk_size
 from axolotl_skd.rollout.draft_length import MAX_DRAFT_TOKENS
 from axolotl_skd.rollout.engine import PREFILL_TOKENS, VERIFIED_ELEMENTS
-from axolotl_skd.rollout.lm import CausalLM, FullLogitsLM
+from axolotl_skd.rollout.lm import GIVEN_TOKENS, CausalLM, FullLogitsLM
 from axolotl_skd.rollout.types import Source
-
-LOG = logging.getLogger(__name__)
 
 GIB = 2**30
 
@@ -87,7 +84,7 @@ class Forecast:
     Attributes:
         device: the student's.
         rollout, training: what is there at the peak of each phase; empty without a rollout.
-        elsewhere: of the teacher on other devices.
+        elsewhere: of the teacher, on other devices and where it waits for its turn.
     """
 
     device: torch.device
@@ -176,9 +173,11 @@ def forecast(
     teacher_in_training = 0 if released else beside_bytes
     if offloaded and not released:
         teacher_in_training = _waiting_bytes(teacher, shape)
+    asked = teacher is not None and not released and not _knows_all(shape)
     training = {
         **always,
         "teacher": teacher_in_training,
+        "teacher forward": _asked_bytes(teacher, shape) if asked and beside else 0,
         "gradients": sum(p.numel() * p.element_size() for p in trainable),
         "teacher states": kept,
         "activations": tokens * _activation_bytes(student, shape),
@@ -186,6 +185,9 @@ def forecast(
         # A sum in float32 and a chunk's part of it; then the sum, scaled, and its cast.
         "head gradient": sum((8 + p.element_size()) * p.numel() for p in head if p.requires_grad),
     }
+    if offloaded:
+        cpu = torch.device("cpu")
+        teacher_weights[cpu] = teacher_weights.get(cpu, 0) + weight_bytes(teacher)
     if teacher is not None and beside is None:
         slots = shape.rows_in_flight * (shape.prompt_tokens + shape.new_tokens)
         samples = shape.source in (Source.TEACHER, Source.INTERLEAVED)
@@ -199,15 +201,27 @@ def _weights_by_device(teacher: CausalLM | None, student: CausalLM) -> dict[torc
     sizes: dict[torch.device, int] = {}
     if teacher is None or teacher.model is student.model:
         return sizes
-    for parameter in teacher.model.parameters():
-        sizes[parameter.device] = sizes.get(parameter.device, 0) + stored_bytes(parameter)
+    for weight in held_weights(teacher.model).values():
+        sizes[weight.device] = sizes.get(weight.device, 0) + stored_bytes(weight)
     return sizes
+
+
+def _knows_all(shape: StepShape) -> bool:
+    """Has verification left the teacher's states of all that is trained on?"""
+    return shape.source is Source.INTERLEAVED and not shape.reads_data
+
+
+def _asked_bytes(teacher: CausalLM, shape: StepShape) -> int:
+    """Of a forward of the teacher over a micro-batch, and of the states that are kept of it."""
+    tokens, size = shape.batch_rows * shape.row_tokens, _dtype_bytes(teacher)
+    at_once = min(tokens, max(shape.row_tokens, GIVEN_TOKENS))
+    return at_once * _layer_bytes(teacher, size) + tokens * teacher.state_size * size
 
 
 def _waiting_bytes(teacher: CausalLM, shape: StepShape) -> int:
     """What an offloaded teacher holds on its device while the student trains."""
-    if shape.source is Source.INTERLEAVED and not shape.reads_data:
-        return sum(map(stored_bytes, teacher.head_module.parameters()))
+    if _knows_all(shape):
+        return held_bytes(teacher.head_module)
     return weight_bytes(teacher)  # it is asked about the data set's rows, between activations
 
 
@@ -255,19 +269,7 @@ def step_shape(
 
 def weight_bytes(lm: CausalLM) -> int:
     """Bytes of all parameters as they are stored, quantised ones included."""
-    return sum(map(stored_bytes, lm.model.parameters()))
-
-
-def stored_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor as it is stored: what a quantised one wraps, not what it stands for.
-
-    Of one that is spread over ranks, of all its parts together.
-    """
-    if isinstance(tensor, DTensor) or not hasattr(tensor, "__tensor_flatten__"):
-        # Where DeepSpeed has put a weight elsewhere, an empty one stands for it.
-        return getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
-    names, _ = tensor.__tensor_flatten__()
-    return sum(stored_bytes(getattr(tensor, name)) for name in names)
+    return held_bytes(lm.model)
 
 
 def kv_bytes(lm: CausalLM) -> int:
@@ -278,52 +280,6 @@ def kv_bytes(lm: CausalLM) -> int:
     return 2 * config.num_hidden_layers * heads * size * _dtype_bytes(lm)
 
 
-# What makes each part of a forecast smaller.
-_REMEDIES = {
-    "student": "load_in_4bit: true with adapter: qlora",
-    "gathered student": "DDP with an 8-bit optimizer:, or a smaller base_model",
-    "teacher": "distillation.teacher: load_in_4bit: true, another device, or offload: true",
-    "gathered teacher": "distillation.teacher: gather: layers, or load_in_4bit: true",
-    "optimizer": "optimizer: adamw_bnb_8bit, or adapter: lora",
-    "gradients": "adapter: lora",
-    "gradient buckets": "adapter: lora",
-    "head gradient": "adapter: lora",
-    "activations": "gradient_checkpointing: true, then a smaller micro_batch_size",
-    "teacher states": "fewer gradient_accumulation_steps",
-    "loss chunks": "a smaller micro_batch_size",
-    "KV caches": "a smaller distillation.rollout.rollout_batch_size",
-    "logits": "a smaller distillation.rollout.rollout_batch_size",
-    "prompts": "a smaller distillation.rollout.rollout_batch_size",
-    "cast weights": "adapter: lora, or bf16 weights",
-}
-_NUM_REMEDIES = 3
-
-
-def remedies(predicted: Forecast) -> list[str]:
-    """The settings that would help most, for the largest parts of the peak first."""
-    largest = sorted(predicted.parts, key=predicted.parts.__getitem__, reverse=True)
-    named = dict.fromkeys(_REMEDIES[name] for name in largest if predicted.parts[name])
-    return list(named)[:_NUM_REMEDIES]
-
-
-def warn_of_memory(predicted: Forecast) -> None:
-    """Say before the first step that a device is too small for what is predicted, and what to do."""
-    needs = {predicted.device: predicted.peak, **predicted.elsewhere}
-    for device, needed in needs.items():
-        there = device_memory(device)
-        if there is not None and needed > there:
-            LOG.warning(
-                "%.1f GiB are predicted to be needed on %s, which has %.1f: this will probably run "
-                "out of memory. What would help most: %s.",
-                needed / GIB,
-                device,
-                there / GIB,
-                "; ".join(remedies(predicted))
-                if device == predicted.device
-                else _REMEDIES["teacher"],
-            )
-
-
 def device_memory(device: torch.device) -> int | None:
     """Bytes of memory of a device, None if it cannot be told."""
     if device.type == "cuda":
@@ -331,6 +287,11 @@ def device_memory(device: torch.device) -> int | None:
     if device.type == "cpu" and hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of a device that nothing holds, None if that cannot be told."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 class PeakMemory:
@@ -377,11 +338,14 @@ def optimizer_bytes(name: str, parameter: torch.Tensor, masters: bool = False) -
 def _activation_bytes(lm: CausalLM, shape: StepShape) -> int:
     """Bytes per token that wait for the backward pass."""
     layers, one = lm.config.num_hidden_layers, _layer_bytes(lm, shape.activation_bytes)
+    # Autocast computes in 16 bits, but the residual stream and its norms are of the weights' dtype.
+    residual = max(shape.activation_bytes, _dtype_bytes(lm))
+    one += 4 * _hidden_size(lm) * (residual - shape.activation_bytes)
     # Full logits in the place of states: all of them, those of the completions, their gradient.
     logits = 3 * lm.state_size * shape.activation_bytes if isinstance(lm, FullLogitsLM) else 0
     if not shape.checkpointing:
         return layers * one + logits
-    return layers * _hidden_size(lm) * shape.activation_bytes + one + logits
+    return layers * _hidden_size(lm) * residual + one + logits
 
 
 def _layer_bytes(lm: CausalLM, bytes_per_number: int) -> int:

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from axolotl_skd.memory import Forecast, StepShape, optimizer_bytes, stored_bytes
+from axolotl_skd.held_weights import held_bytes
+from axolotl_skd.memory import Forecast, StepShape, optimizer_bytes, weight_bytes
 from axolotl_skd.rollout.lm import CausalLM
 from axolotl_skd.rollout.types import Source
 from axolotl_skd.sharding import Engine, layers_of
@@ -72,7 +73,7 @@ def on_each_rank(
         "gradients": predicted.training["gradients"] // division.ranks,
     }
     if teacher is not None and division.teacher:
-        asked = sum(map(stored_bytes, teacher.model.parameters()))
+        asked = weight_bytes(teacher)
         part = asked // division.ranks
         if division.by_layer:
             asked = _outside_of_layers(teacher) + _largest_layer(teacher)
@@ -94,11 +95,11 @@ def _with(predicted: Forecast, rollout: Mapping[str, int], training: Mapping[str
 
 
 def _head(lm: CausalLM) -> int:
-    return sum(map(stored_bytes, lm.head_module.parameters()))
+    return held_bytes(lm.head_module)
 
 
 def _layer_sizes(lm: CausalLM) -> list[int]:
-    return [sum(map(stored_bytes, layer.parameters())) for layer in layers_of(lm.model)]
+    return [held_bytes(layer) for layer in layers_of(lm.model)]
 
 
 def _largest_layer(lm: CausalLM) -> int:
@@ -106,4 +107,4 @@ def _largest_layer(lm: CausalLM) -> int:
 
 
 def _outside_of_layers(lm: CausalLM) -> int:
-    return sum(map(stored_bytes, lm.model.parameters())) - sum(_layer_sizes(lm))
+    return weight_bytes(lm) - sum(_layer_sizes(lm))

@@ -1,7 +1,8 @@
 """A teacher that waits in the CPU's memory while it is not asked: `distillation.teacher.offload`.
 
 Only its output head stays on the device: the loss applies it after the rollout. Embeddings that are
-tied to the head stay with it.
+tied to the head stay with it. Its weights never change, so they are copied to the device, and only
+forgotten there.
 """
 
 from __future__ import annotations
@@ -9,15 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
-
-WAITING_ROOM = torch.device("cpu")
 
 
 class Offloaded:
-    """Moves a model's decoder, but for what it shares with the head, to and from its device."""
+    """Fetches a frozen model's decoder, but for what it shares with the head, and lets go of it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """
@@ -25,21 +23,29 @@ class Offloaded:
             model: on the device where it is to be used; leaves it at once.
         """
         self._home = model.get_output_embeddings().weight.device
-        head = set(model.get_output_embeddings().parameters())
-        self._parts: list[nn.Module] = [
-            part for part in model.get_decoder().children() if head.isdisjoint(part.parameters())
-        ]
-        self._move(WAITING_ROOM)
+        head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+        decoder = model.get_decoder()
+        weights = [*decoder.parameters(), *decoder.buffers()]
+        self._waiting = {
+            weight: weight.detach().to("cpu", copy=True)
+            for weight in weights
+            if id(weight) not in head
+        }
+        self._leave()
 
     @contextmanager
     def at_hand(self) -> Iterator[None]:
         """All of the model on its device."""
-        self._move(self._home)
+        for weight, waiting in self._waiting.items():
+            weight.data = self._fetched(waiting)
         try:
             yield
         finally:
-            self._move(WAITING_ROOM)
+            self._leave()
 
-    def _move(self, device: torch.device) -> None:
-        for part in self._parts:
-            part.to(device)
+    def _fetched(self, waiting: Tensor) -> Tensor:
+        return waiting.to(self._home)
+
+    def _leave(self) -> None:
+        for weight, waiting in self._waiting.items():
+            weight.data = waiting

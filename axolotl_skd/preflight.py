@@ -16,8 +16,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from axolotl_skd.config import Distillation
 from axolotl_skd.cpu import on_cpu
+from axolotl_skd.devices import present_devices
 from axolotl_skd.prompts import DATASET_TYPE
-from axolotl_skd.rollout.attention import rollout_attention
+from axolotl_skd.rollout.attention import default_attention, is_softcapped, rollout_attention
 from axolotl_skd.rollout.lm import require_cache_by_position
 from axolotl_skd.rollout.types import SamplingParams, Source
 from axolotl_skd.teacher import (
@@ -166,6 +167,11 @@ def _check_precision(cfg: Mapping[str, Any], distillation: Distillation) -> None
             f"true for float32 weights. Set {_MIXED[pure]}: true in its place (mixed "
             "precision), or remove the latter."
         )
+    if distillation.fp32_master_weights and not (cfg.get("bf16") or cfg.get("fp16")):
+        raise ConfigConflictError(
+            "distillation.fp32_master_weights: true, but neither bf16 nor fp16 is: the weights are in "
+            "float32 already. Remove it, or set bf16: true (mixed precision)."
+        )
     if not cfg.get("fp16"):
         return
     if on_cpu():
@@ -213,6 +219,27 @@ def _check_attention(cfg: Mapping[str, Any]) -> None:
             f"attn_implementation: {implementation} takes no 4-D mask, which ragged rollouts need, "
             "and none is known that computes the same. Set attn_implementation: sdpa, eager, "
             "flash_attention_2, flash_attention_3 or flex_attention."
+        )
+
+
+def _check_device(device: str | None) -> None:
+    present = present_devices()
+    if device is not None and device not in present:
+        raise ConfigConflictError(
+            f"distillation.teacher.device: {device} is none of this machine's devices. Set one of "
+            f"{', '.join(present)}, or remove it (beside the student)."
+        )
+
+
+def _check_softcap(
+    model_key: str, config: PreTrainedConfig, key: str, implementation: str | None
+) -> None:
+    """Refuse SDPA, the default, where it would leave out a part of the model without a word."""
+    if is_softcapped(config) and implementation in (None, "sdpa"):
+        raise ConfigConflictError(
+            f"{key}: {implementation or 'not set, which means sdpa'}, but the attention scores of "
+            f"{model_key} ({config.model_type}) are softcapped, and transformers' SDPA leaves the "
+            f"softcap out. Set {key}: eager, flash_attention_2 or flex_attention."
         )
 
 
@@ -270,13 +297,23 @@ def check_models(
     vocab_size = max(student.get_text_config().vocab_size, len(tokenizer))
     teacher_vocab = None
     require_cache_by_position("base_model", student)
+    _check_softcap("base_model", student, "attn_implementation", cfg.get("attn_implementation"))
     _check_positions("base_model", student, distillation, cfg)
     if distillation.method_row.needs_teacher and distillation.teacher.student_base:
         teacher_vocab = tokenizer.get_vocab()
     elif distillation.method_row.needs_teacher:
         teacher = read_teacher_config(distillation.teacher)
         require_cache_by_position("distillation.teacher.base_model", teacher)
-        check_quantised_checkpoint(distillation.teacher, teacher)
+        _check_device(distillation.teacher.device)
+        device = distillation.teacher.device or present_devices()[0]
+        check_quantised_checkpoint(distillation.teacher, teacher, device)
+        asked = distillation.teacher.attn_implementation or default_attention(teacher)
+        _check_softcap(
+            "distillation.teacher.base_model",
+            teacher,
+            "distillation.teacher.attn_implementation",
+            asked,
+        )
         _check_positions("distillation.teacher.base_model", teacher, distillation, cfg)
         teacher_vocab = read_teacher_tokenizer(distillation.teacher).get_vocab()
         shared = share_vocabulary(

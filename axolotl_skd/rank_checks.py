@@ -127,7 +127,7 @@ def _refuse_unsharded(cfg: Mapping[str, Any], distillation: Distillation, engine
                 f"{key}: {cfg[key]}: {engine.value} cannot gather quantised weights of the student for "
                 f"rollouts. {_WHOLE_INSTEAD}."
             )
-    if distillation.method_row.needs_teacher and not distillation.teacher.quantised:
+    if distillation.method_row.needs_teacher:
         _refuse_teacher(distillation.teacher, engine)
         if engine is Engine.ZERO_3:
             _refuse_other_dtype(cfg, distillation.teacher)
@@ -204,7 +204,7 @@ def _refuse_teacher(teacher: TeacherConfig, engine: Engine) -> None:
         "device_map": "a teacher on devices of its own",
     }
     for key, what in refused.items():
-        if getattr(teacher, key):
+        if getattr(teacher, key) and _is_spread(teacher):
             raise ConfigConflictError(
                 f"distillation.teacher.{key}: {engine.value} spreads an unquantised teacher over the "
                 f"ranks, and {what} is not supported there. Remove {key} and name a merged checkpoint "
@@ -213,10 +213,14 @@ def _refuse_teacher(teacher: TeacherConfig, engine: Engine) -> None:
             )
 
 
+def _is_spread(teacher: TeacherConfig) -> bool:
+    return teacher.student_base or not is_quantised(teacher)
+
+
 def _refuse_other_dtype(cfg: Mapping[str, Any], teacher: TeacherConfig) -> None:
     """DeepSpeed gives the weights of every model that it spreads the precision of the run."""
     precision = "bfloat16" if cfg.get("bf16") else "float16" if cfg.get("fp16") else "float32"
-    if teacher.dtype not in ("auto", precision):
+    if teacher.dtype not in ("auto", precision) and _is_spread(teacher):
         raise ConfigConflictError(
             f"distillation.teacher.dtype: {teacher.dtype}, but under {Engine.ZERO_3.value} the teacher "
             f"gets the run's precision, {precision}. Remove dtype:, or set bf16: / fp16: to match."

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from axolotl_skd.config_blocks import TeacherConfig
+from axolotl_skd.rollout.attention import default_attention
 from axolotl_skd.rollout.lm import rollout_mode
 
 
@@ -51,6 +52,18 @@ def _unreadable(config: TeacherConfig, what: str, error: Exception) -> TeacherEr
     )
 
 
+def _too_large(config: TeacherConfig, what: str) -> TeacherError:
+    helps = ["a smaller teacher"]
+    if not (config.device or config.device_map):
+        helps.insert(0, "device: or device_map: auto (other devices)")
+    if config.quantised is None:
+        helps.insert(0, "load_in_4bit: true")
+    return TeacherError(
+        f"distillation.teacher: {config.base_model!r} does not fit beside what is on the device: "
+        f"{what}. What helps: {'; '.join(helps)}."
+    )
+
+
 def read_teacher_config(config: TeacherConfig) -> PreTrainedConfig:
     """The teacher's architecture, without its weights."""
     try:
@@ -67,21 +80,31 @@ def read_teacher_tokenizer(config: TeacherConfig) -> PreTrainedTokenizerBase:
         raise _unreadable(config, "tokenizer", error) from None
 
 
-def check_quantised_checkpoint(config: TeacherConfig, teacher: PreTrainedConfig) -> None:
+def check_quantised_checkpoint(
+    config: TeacherConfig, teacher: PreTrainedConfig, device: str
+) -> None:
     """Refuse a checkpoint that comes quantised (GPTQ, AWQ, ...) and cannot be run here as it is.
 
     Args:
         config: `distillation.teacher`.
         teacher: its configuration, as `read_teacher_config` returns it.
+        device: where it is to run.
 
     Raises:
-        TeacherError: its kernels are not installed, or it is to be quantised a second time.
+        TeacherError: its kernels are not installed, or it is to be quantised a second time or moved.
     """
     settings = getattr(teacher, "quantization_config", None)
     if settings is None:
         return
     settings = settings if isinstance(settings, dict) else settings.to_dict()
-    method = str(getattr(settings["quant_method"], "value", settings["quant_method"]))
+    method = settings.get("quant_method", "bitsandbytes")  # whose first checkpoints do not say so
+    method = str(getattr(method, "value", method))
+    if config.offload:
+        raise TeacherError(
+            "distillation.teacher.offload: true moves the teacher to and fro, but the checkpoint "
+            f"{config.base_model!r} is quantised ({method}), and its kernels stay where they are. "
+            "Remove offload, or name an unquantised checkpoint."
+        )
     if config.quantised:
         raise TeacherError(
             f"distillation.teacher.{config.quantised} is set, but the checkpoint {config.base_model!r} "
@@ -89,7 +112,7 @@ def check_quantised_checkpoint(config: TeacherConfig, teacher: PreTrainedConfig)
         )
     try:
         quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
-        quantizer.validate_environment(device_map={"": config.device or "cpu"})
+        quantizer.validate_environment(device_map={"": device})
     except (ImportError, ValueError, RuntimeError) as error:
         hint = f" (pip install {_KERNELS[method]})" if method in _KERNELS else ""
         raise TeacherError(
@@ -155,8 +178,9 @@ def load_teacher(config: TeacherConfig, device: torch.device | None) -> PreTrain
     """
     quantization, place = quantization_config(config), config.device or device
     arguments = _hub_arguments(config)
-    if config.attn_implementation:
-        arguments["attn_implementation"] = config.attn_implementation
+    attention = config.attn_implementation or default_attention(read_teacher_config(config))
+    if attention is not None:
+        arguments["attn_implementation"] = attention
     if quantization is not None:
         arguments["quantization_config"] = quantization
     try:
@@ -167,10 +191,22 @@ def load_teacher(config: TeacherConfig, device: torch.device | None) -> PreTrain
             device_map=config.device_map or (place and {"": place}),
             **arguments,
         )
-    except torch.OutOfMemoryError:
-        raise
-    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except torch.OutOfMemoryError as error:
+        raise _too_large(config, str(error)) from error
+    except ImportError as error:
+        asked = [key for key in ("attn_implementation", config.quantised) if key]
+        raise TeacherError(
+            f"distillation.teacher.{' / '.join(asked)}: what {config.base_model!r} needs so is not "
+            f"installed ({error}). Install it, or change them."
+        ) from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable(config, "weights", error) from None
+    if config.device_map and any(weight.is_meta for weight in teacher.parameters()):
+        raise _too_large(
+            config,
+            f"device_map: {config.device_map} leaves a part of it on the CPU or the disk, from where "
+            "its layers would be fetched for every token",
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         # transformers fills them with random numbers and warns.

@@ -24,6 +24,7 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from axolotl_skd.held_weights import held_weights
 from axolotl_skd.rollout.sampling import NonFiniteLogitsError
 from axolotl_skd.rollout.types import FinishReason, Prompts, Rollout, SamplingParams, Source
 from axolotl_skd.sound_rows import sample_sound_rows
@@ -80,7 +81,7 @@ def fingerprint(
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in model.named_parameters():
+    for name, weight in held_weights(model).items():
         with whole(weight) as entire:
             flat = entire.detach().flatten()
             some = flat[:: max(1, len(flat) // _FINGERPRINT_NUMBERS)].clone()

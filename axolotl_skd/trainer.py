@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -33,16 +34,14 @@ from axolotl_skd.losses.objective import Objective, Tokens
 from axolotl_skd.memory import GIB, Forecast, PeakMemory, weight_bytes
 from axolotl_skd.methods import LossRecipe, Method, get_method
 from axolotl_skd.metrics import SKIPPED_ROWS, Counters
-from axolotl_skd.rollout.lm import CausalLM, rollout_mode
+from axolotl_skd.rollout.lm import GIVEN_TOKENS, CausalLM, rollout_mode
 from axolotl_skd.rollout.sampling import Role, keyed_uniform
+from axolotl_skd.rollout.types import Source
 from axolotl_skd.sharding import AtHand
 from axolotl_skd.sound_rows import rows_without_numbers
 from axolotl_skd.sources import Batch, CompletionSource, StoredHidden
 
 LOG = get_logger(__name__)
-
-# Positions, padding included, of one forward of the teacher over given rows.
-TEACHER_TOKENS = 2**14
 
 
 class NonFiniteLossError(RuntimeError):
@@ -192,12 +191,13 @@ class DistillationCore(Trainer):
         progress = self.state.global_step / self.state.max_steps
         if not self.method.rolls_out:
             return distiller.source.complete(batches, epoch, progress)
+        at_hand, is_asked = distiller.at_hand, self.method.source is Source.INTERLEAVED
         # One autocast context around all of it: weights are cast once a rollout, and CUDA graphs may
         # rely on the casts, which die with the outermost context.
         with (
             rollout_mode(distiller.student.model),
-            distiller.at_hand.student(),
-            distiller.at_hand.teacher(),
+            at_hand.student(),
+            at_hand.teacher() if is_asked else nullcontext(),
             distiller.student.precision(),
         ):
             return distiller.source.complete(batches, epoch, progress)
@@ -316,13 +316,13 @@ class DistillationCore(Trainer):
     def _teacher_hidden(self, inputs: Batch, predicted: Tensor, rows: Tensor) -> Tensor:
         """The teacher's states [n, H] that predict the tokens of some rows (bool [B] on the CPU).
 
-        Some rows at a time: at no time are there states of more than `TEACHER_TOKENS` positions, or one
+        Some rows at a time: at no time are there states of more than `GIVEN_TOKENS` positions, or one
         row's, beside those that are kept.
         """
         teacher, width = self._attached().teacher, inputs["input_ids"].shape[1]
         names = ("input_ids", "attention_mask")
         kept = []
-        for part in rows.nonzero()[:, 0].split(max(1, TEACHER_TOKENS // width)):
+        for part in rows.nonzero()[:, 0].split(max(1, GIVEN_TOKENS // width)):
             if len(part) == 0:  # of no rows at all
                 return torch.empty(0, teacher.state_size, device=teacher.device)
             ids, mask = (inputs[name][part.to(predicted.device)] for name in names)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
+from axolotl_skd.held_weights import stored_bytes
 from axolotl_skd.memory import (
     GIB,
     Forecast,
@@ -17,9 +18,6 @@ from axolotl_skd.memory import (
     device_memory,
     forecast,
     kv_bytes,
-    remedies,
-    stored_bytes,
-    warn_of_memory,
     weight_bytes,
 )
 from axolotl_skd.rollout.engine import RolloutEngine
@@ -185,6 +183,7 @@ def test_an_offloaded_teacher_leaves_its_head(pair: tuple[CausalLM, CausalLM]) -
     whole, head = weight_bytes(pair[1]), pair[1].head_module.weight.nbytes
     parts = forecast(*pair, SHAPE, offloaded=True)
     assert (parts.rollout["teacher"], parts.training["teacher"]) == (whole, head)
+    assert parts.elsewhere == {CPU: whole}, "where it waits"
     mixed = forecast(*pair, replace(SHAPE, reads_data=True), offloaded=True)
     assert mixed.training["teacher"] == whole
 
@@ -206,41 +205,45 @@ def test_a_teacher_elsewhere_is_counted_there(pair: tuple[CausalLM, CausalLM]) -
     assert parts.elsewhere == {torch.device("meta"): needed}
 
 
+def test_packed_weights_in_buffers_count(pair: tuple[CausalLM, CausalLM]) -> None:
+    """As kernels of pre-quantised checkpoints keep them."""
+    teacher = CausalLM(tiny_model("llama", seed=2))
+    plain = forecast(pair[0], teacher, SHAPE).training["teacher"]
+    packed = torch.zeros(1000, dtype=torch.uint8)
+    teacher.model.model.layers[0].register_buffer("qweight", packed)
+    assert forecast(pair[0], teacher, SHAPE).training["teacher"] == plain + 1000
+    teacher.model.model.layers[0].register_buffer("scratch", packed, persistent=False)
+    assert weight_bytes(teacher) == plain + 1000
+
+
+def test_float32_weights_under_autocast_keep_float32_states(
+    pair: tuple[CausalLM, CausalLM],
+) -> None:
+    """What a layer reads is of the weights' dtype, and kept, whatever it computes in."""
+    shape = replace(SHAPE, activation_bytes=2, checkpointing=True)
+    one = replace(shape, batch_rows=1, row_tokens=1)
+    layers, hidden = pair[0].config.num_hidden_layers, pair[0].config.hidden_size
+    kept = 4 * layers * hidden
+    half = CausalLM(tiny_model("llama", seed=1).bfloat16())
+    finer, coarser = (forecast(lm, None, one).training["activations"] for lm in (pair[0], half))
+    assert finer - coarser == kept // 2 + 2 * 4 * hidden
+
+
+def test_a_teacher_that_is_asked_while_the_student_trains(
+    pair: tuple[CausalLM, CausalLM],
+) -> None:
+    asked = forecast(*pair, replace(SHAPE, source=Source.DATASET)).training["teacher forward"]
+    tokens, config = SHAPE.batch_rows * SHAPE.row_tokens, pair[1].config
+    layer = 4 * (12 * config.hidden_size + 4 * config.intermediate_size)
+    assert asked == tokens * (layer + 4 * config.hidden_size)
+    assert forecast(*pair, SHAPE).training["teacher forward"] == 0, "verification knows it all"
+
+
 def test_quantised_weights_count_as_they_are_stored() -> None:
     weight = nn.Linear(64, 32, dtype=torch.bfloat16)
     quantize_(weight, Int8WeightOnlyConfig())
     # A byte a number, and a scale and a zero point a row, where bf16 has two bytes a number.
     assert 64 * 32 < stored_bytes(weight.weight) <= 64 * 32 + 32 * 16
-
-
-def test_a_device_too_small_is_said_with_what_helps_most(
-    pair: tuple[CausalLM, CausalLM],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    peak = {"student": 1 * GIB, "KV caches": 4 * GIB, "logits": 2 * GIB, "teacher": 3 * GIB}
-    what = Forecast(CPU, peak, {}, {torch.device("cuda:1"): 9 * GIB})
-    sizes = {CPU: 10 * GIB, torch.device("cuda:1"): 8 * GIB}
-    monkeypatch.setattr("axolotl_skd.memory.device_memory", sizes.__getitem__)
-    warn_of_memory(replace(what, elsewhere={}))
-    assert not caplog.records
-    sizes[CPU] = 10 * GIB - 1
-    warn_of_memory(what)
-    here, there = [record.getMessage() for record in caplog.records]
-    assert "10.0 GiB are predicted to be needed on cpu, which has 10.0" in here
-    assert remedies(what) == [
-        "a smaller distillation.rollout.rollout_batch_size",
-        "distillation.teacher: load_in_4bit: true, another device, or offload: true",
-        "load_in_4bit: true with adapter: qlora",
-    ]
-    assert "; ".join(remedies(what)) in here
-    assert "needed on cuda:1" in there and "load_in_4bit" in there
-
-
-def test_every_part_of_a_forecast_has_a_remedy(pair: tuple[CausalLM, CausalLM]) -> None:
-    parts = forecast(*pair, SHAPE)
-    for phase in (parts.rollout, parts.training):
-        assert len(remedies(replace(parts, rollout=phase, training=phase))) == 3
 
 
 def test_this_machine_has_memory() -> None:

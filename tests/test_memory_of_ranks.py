@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from axolotl_skd.memory import Forecast, forecast, remedies, weight_bytes
+from axolotl_skd.memory import Forecast, forecast, weight_bytes
 from axolotl_skd.memory_of_ranks import Division, on_each_rank
 from axolotl_skd.rollout.lm import CausalLM
 from axolotl_skd.rollout.types import Source
@@ -110,8 +110,3 @@ def test_a_quantised_teacher_stays_as_it_is(pair: tuple[CausalLM, CausalLM]) -> 
     here = of_rank(pair, engine=Engine.ZERO_3, teacher=False)
     assert here.rollout["teacher"] == here.training["teacher"] == weight_bytes(pair[1])
     assert "gathered teacher" not in here.rollout
-
-
-def test_what_helps_is_what_ranks_can_do(pair: tuple[CausalLM, CausalLM]) -> None:
-    here = of_rank(pair, engine=Engine.ZERO_3)
-    assert any("gather: layers" in one for one in remedies(replace(here, training={})))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.enums import RLType
-from transformers import LlamaConfig, MambaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, LlamaConfig, MambaConfig, PreTrainedTokenizerFast
 
 from axolotl_skd import preflight
 from axolotl_skd.config import Distillation
@@ -108,6 +108,7 @@ def test_settings_that_distillation_cannot_honour(keys: dict[str, Any], said: li
         (False, {"fp16": True, "adapter": "lora"}, False, None),
         (False, {"bf16": True}, False, None),
         (True, {"bf16": True}, True, None),
+        (True, {}, True, "in float32 already. Remove it"),
         (True, {"bfloat16": True}, True, "Set bf16: true in its place"),
         (False, {"float16": True}, True, "Set fp16: true in its place"),
         (True, {"torch_compile": True}, False, None),
@@ -311,6 +312,45 @@ def test_completions_beyond_the_teachers_positions(
         ConfigConflictError, pair[0], tokenizer, distillation(teacher=tmp_path, **SHORT)
     )
     assert "but distillation.teacher.base_model has 63 positions" in message
+
+
+@pytest.mark.parametrize("role", ["base_model", "distillation.teacher.base_model"])
+@pytest.mark.parametrize("implementation", [None, "sdpa", "eager", "flash_attention_2"])
+def test_softcapped_scores_are_not_left_out(
+    pair: tuple[Path, Path],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    role: str,
+    implementation: str | None,
+) -> None:
+    """Transformers' SDPA, its default, ignores Gemma-2's softcap without a word."""
+    AutoConfig.for_model("gemma2", vocab_size=VOCAB_SIZE).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    key = "attn_implementation"
+    if role == "base_model":
+        folders, keys, teacher_keys = (tmp_path, pair[1]), {key: implementation}, {}
+    else:
+        folders, keys, teacher_keys = (pair[0], tmp_path), {}, {key: implementation}
+        key = f"distillation.teacher.{key}"
+    block = distillation(teacher=folders[1], **SHORT)
+    teacher = block.teacher.model_copy(update=teacher_keys)
+    block = block.model_copy(update={"teacher": teacher})
+    cfg = DictDefault({"base_model": str(folders[0]), **keys})
+    # A teacher whose attention nobody asked for is loaded with eager.
+    if implementation == "sdpa" or (implementation is None and role == "base_model"):
+        with pytest.raises(ConfigConflictError, match=f"{role} .gemma2. are softcapped.*{key}: e"):
+            check_models(cfg, block, tokenizer)
+    else:
+        check_models(cfg, block, tokenizer)
+
+
+def test_a_teacher_on_a_device_that_is_not_there(
+    pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    block = distillation(teacher=pair[1], **SHORT)
+    block = block.model_copy(update={"teacher": block.teacher.model_copy(update={"device": "gpu"})})
+    message = model_refusal(ConfigConflictError, pair[0], tokenizer, block)
+    assert "teacher.device: gpu is none of this machine's devices" in message and "cpu" in message
 
 
 def test_methods_that_do_not_sample_need_no_room_for_it(

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from axolotl_skd.config import Distillation
 from axolotl_skd.preflight import ConfigConflictError
 from axolotl_skd.rank_checks import check_ranks, engine_of, warn_of_untested
+from axolotl_skd.resources import resource_path
 from axolotl_skd.sharding import Engine
 
+TEACHER = str(resource_path("example_configs") / "tiny" / "teacher")
 SAVED = {"stage3_gather_16bit_weights_on_model_save": True}
 ZERO_3 = {"deepspeed": {"zero_optimization": {"stage": 3}}}
 FSDP_2 = {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
@@ -21,7 +24,7 @@ FSDP_2 = {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
 def distillation(teacher: dict[str, Any] | None = None, **keys: Any) -> Distillation:
     rollout = {"max_prompt_tokens": 8, "max_new_tokens": 8, **keys.pop("rollout", {})}
     if not (teacher or {}).get("student_base"):
-        teacher = {"base_model": "some/teacher", **(teacher or {})}
+        teacher = {"base_model": TEACHER, **(teacher or {})}
     block = {"method": "skd", "teacher": teacher, "rollout": rollout, **keys}
     return Distillation.model_validate(block)
 
@@ -105,6 +108,15 @@ def test_a_quantised_teacher_stays_whole_and_may_be_anything(
     cfg: dict[str, Any], teacher: dict[str, Any]
 ) -> None:
     check_ranks(cfg, distillation(teacher={"load_in_4bit": True, "dtype": "bfloat16", **teacher}))
+
+
+def test_so_does_one_that_comes_quantised(tmp_path: Path) -> None:
+    settings = {"quant_method": "gptq", "bits": 4}
+    AutoConfig.for_model("llama", quantization_config=settings).save_pretrained(tmp_path)
+    comes_so = {"base_model": str(tmp_path), "adapter": "some/adapter", "dtype": "float16"}
+    check_ranks(ZERO_3, distillation(teacher=comes_so))
+    with pytest.raises(ConfigConflictError, match="gather: layers, but a quantised"):
+        check_ranks(ZERO_3, distillation(teacher={**comes_so, "gather": "layers"}))
 
 
 def test_what_can_be_saved_is_evaluated() -> None:

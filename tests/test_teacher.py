@@ -17,10 +17,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from axolotl_skd.config_blocks import TeacherConfig
-from axolotl_skd.memory import stored_bytes
+from axolotl_skd.held_weights import stored_bytes
 from axolotl_skd.resources import resource_path
 from axolotl_skd.rollout.engine import RolloutEngine
-from axolotl_skd.rollout.lm import CausalLM, probe, rollout_mode
+from axolotl_skd.rollout.lm import CausalLM, UnsupportedModelError, probe, rollout_mode
 from axolotl_skd.rollout.sampling import row_streams
 from axolotl_skd.rollout.types import Prompts, SamplingParams
 from axolotl_skd.teacher import (
@@ -31,7 +31,9 @@ from axolotl_skd.teacher import (
     read_teacher_config,
     read_teacher_tokenizer,
 )
+from axolotl_skd.teacher_size import bytes_to_load
 from tests.helpers import VOCAB_SIZE, save_model, save_tokenizer, word_vocab
+from tests.rollout.tiny import tiny_model
 
 CPU = torch.device("cpu")
 TINY_TEACHER = resource_path("example_configs") / "tiny" / "teacher"
@@ -248,7 +250,7 @@ def error_of(action: Any, *arguments: Any) -> str:
     [
         (read_teacher_config, "configuration"),
         (read_teacher_tokenizer, "tokenizer"),
-        (lambda config: load_teacher(config, CPU), "weights"),
+        (lambda config: load_teacher(config, CPU), "configuration"),
     ],
 )
 @pytest.mark.parametrize("name", ["no/such-folder", "./no-such-folder", "{empty}"])
@@ -378,10 +380,13 @@ def test_a_quantised_checkpoint_without_its_kernels_is_refused(tmp_path: Path, m
     (tmp_path / "config.json").write_text(json.dumps(config))
     teacher = teacher_config(tmp_path)
     with pytest.raises(TeacherError, match=f"quantised by {method}.*pip install gptqmodel"):
-        check_quantised_checkpoint(teacher, read_teacher_config(teacher))
+        check_quantised_checkpoint(teacher, read_teacher_config(teacher), "cpu")
     twice = teacher_config(tmp_path, load_in_8bit=True)
     with pytest.raises(TeacherError, match=f"load_in_8bit is set.*quantised already .{method}"):
-        check_quantised_checkpoint(twice, read_teacher_config(twice))
+        check_quantised_checkpoint(twice, read_teacher_config(twice), "cpu")
+    moved = teacher_config(tmp_path, offload=True)
+    with pytest.raises(TeacherError, match=f"offload: true moves.*quantised .{method}"):
+        check_quantised_checkpoint(moved, read_teacher_config(moved), "cpu")
 
 
 def test_a_quantised_checkpoint_whose_kernels_are_there_is_loaded_as_it_is(
@@ -391,11 +396,12 @@ def test_a_quantised_checkpoint_whose_kernels_are_there_is_loaded_as_it_is(
     made = load_teacher(teacher_config(folder, load_in_4bit=True, dtype="float32"), CPU)
     made.save_pretrained(tmp_path)
     config = teacher_config(tmp_path)
-    check_quantised_checkpoint(config, read_teacher_config(config))
+    check_quantised_checkpoint(config, read_teacher_config(config), "cpu")
     teacher = load_teacher(config, CPU)
     assert linear_types(teacher) == {Linear4bit}
     assert torch.equal(teacher(IDS).logits, made(IDS).logits)
-    check_quantised_checkpoint(teacher_config(folder), read_teacher_config(teacher_config(folder)))
+    plain = teacher_config(folder)
+    check_quantised_checkpoint(plain, read_teacher_config(plain), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -420,6 +426,71 @@ def test_the_place_is_handed_on(
     teacher = load_teacher(teacher_config(folder, **keys), CPU)
     assert places == [expected]
     probe(CausalLM(teacher), "distillation.teacher.base_model")
+
+
+def test_a_softcapped_teacher_keeps_its_softcap(tmp_path: Path) -> None:
+    model = tiny_model("gemma2", seed=1, attn_logit_softcapping=1.0)
+    model.save_pretrained(tmp_path)
+    teacher = load_teacher(teacher_config(tmp_path), CPU)
+    assert torch.equal(teacher(IDS).logits, model(IDS).logits)
+    probe(CausalLM(teacher), "distillation.teacher.base_model")
+    without = load_teacher(teacher_config(tmp_path, attn_implementation="sdpa"), CPU)
+    assert not torch.allclose(without(IDS).logits, model(IDS).logits, atol=1e-3)
+    with pytest.raises(UnsupportedModelError, match="leaves out the softcap"):
+        CausalLM(without)
+
+
+def test_a_teacher_that_does_not_fit_says_what_helps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(TeacherError, match="tried to allocate 2 GiB.*load_in_4bit: true; device:"):
+        load_teacher(teacher_config(folder), CPU)
+
+
+def test_a_teacher_that_spills_from_its_devices_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate leaves the weights of what it has put on the disk empty."""
+    load = AutoModelForCausalLM.from_pretrained
+
+    def spilled(*arguments: Any, **keys: Any) -> Any:
+        model, info = load(*arguments, **keys)
+        model.lm_head.to("meta")
+        return model, info
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spilled)
+    with pytest.raises(TeacherError, match="device_map: auto leaves a part of it.*load_in_4bit"):
+        load_teacher(teacher_config(folder, device_map="auto"), CPU)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"load_in_8bit": True},
+        {"load_in_4bit": True},
+        {"load_in_4bit": True, "bnb_4bit_use_double_quant": False},
+    ],
+    ids=str,
+)
+def test_the_room_of_a_teacher_is_known_before_it_is_loaded(
+    tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    save_model(tmp_path, hidden_size=64, intermediate_size=256)
+    config = teacher_config(tmp_path, **{"dtype": "float32", **keys})
+    expected = bytes_to_load(config, read_teacher_config(config))
+    teacher = load_teacher(config, CPU)
+    held = sum(map(stored_bytes, teacher.parameters()))
+    for parameter in teacher.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            held += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    assert expected == pytest.approx(held, rel=0.02)
 
 
 def test_a_multimodal_checkpoint_teaches_by_its_text_part(tmp_path: Path) -> None:

@@ -170,6 +170,17 @@ def test_every_setting_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert '"teacher": "a"' in (folders[0] / "settings.json").read_text()
 
 
+def test_packed_weights_are_part_of_a_fingerprint(tmp_path: Path) -> None:
+    """Kernels of pre-quantised checkpoints keep theirs in buffers."""
+    model = save_model(tmp_path)
+    plain = fingerprint(model)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.register_buffer("qweight", torch.arange(8))
+    packed = fingerprint(model)
+    layer.qweight.neg_()
+    assert len({plain, packed, fingerprint(model)}) == 3
+
+
 def test_a_fingerprint_is_that_of_weights_and_configuration(tmp_path: Path) -> None:
     models = [save_model(tmp_path / str(i), seed=seed) for i, seed in enumerate((1, 1, 2))]
     assert fingerprint(models[0]) == fingerprint(models[1]) != fingerprint(models[2])

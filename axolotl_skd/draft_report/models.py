@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_skd.draft_report.errors import DraftReportError
 from axolotl_skd.draft_report.widths import grow_to
+from axolotl_skd.rollout.attention import default_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,14 +78,16 @@ def load_student(
     Raises:
         DraftReportError: it cannot be read, or weights are missing.
     """
+    origin = {"revision": files.revision, "trust_remote_code": files.trust_remote_code}
     try:
+        config = AutoConfig.from_pretrained(files.base_model, **origin)
         model, info = AutoModelForCausalLM.from_pretrained(
             files.base_model,
             output_loading_info=True,
             dtype=dtype,
             device_map={"": device},
-            revision=files.revision,
-            trust_remote_code=files.trust_remote_code,
+            **origin,
+            attn_implementation=default_attention(config),
         )
         if info["missing_keys"]:  # transformers would leave them at random numbers
             raise ValueError(f"not in the checkpoint: {sorted(info['missing_keys'])[:5]}")

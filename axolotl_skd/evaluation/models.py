@@ -32,6 +32,7 @@ class EvalModel:
         adapter: folder or hub id of a PEFT adapter on top of it, which is not merged.
         tokenizer: folder or hub id of the tokenizer; None = the base model's.
         trust_remote_code: run code that comes with the model.
+        attn_implementation: transformers' name; None = its own choice. vLLM has its own.
     """
 
     base_model: str
@@ -40,6 +41,7 @@ class EvalModel:
     adapter: str | None = None
     tokenizer: str | None = None
     trust_remote_code: bool = False
+    attn_implementation: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,12 @@ def saved_model(name: str, device: str, trust_remote_code: bool = False) -> Eval
             raise ModelNotFoundError(
                 f"{where} has neither config.json (a model) nor adapter_config.json (an adapter)."
             )
-        return EvalModel(base_model=source, device=device, trust_remote_code=trust_remote_code)
+        return EvalModel(
+            base_model=source,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=honest_attention(source),
+        )
     config = adapter_config(source)
     base = config.get("base_model_name_or_path")
     if not base:
@@ -101,7 +108,18 @@ def saved_model(name: str, device: str, trust_remote_code: bool = False) -> Eval
         adapter=source,
         tokenizer=source if _find(source, "tokenizer_config.json") else None,
         trust_remote_code=trust_remote_code,
+        attn_implementation=honest_attention(base),
     )
+
+
+def honest_attention(base_model: str) -> str | None:
+    """`EvalModel.attn_implementation` of a folder or hub id.
+
+    Eager where attention scores are softcapped (Gemma-2), which transformers' default leaves out.
+    """
+    path = _find(base_model, "config.json")
+    config = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    return "eager" if config.get("attn_logit_softcapping") else None
 
 
 def _check_exists(name: str, hint: str = "") -> None:

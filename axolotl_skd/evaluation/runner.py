@@ -120,6 +120,7 @@ def _model_args(model: EvalModel, settings: EvalSettings) -> dict[str, Any]:
             args["max_lora_rank"] = vllm_lora_rank(adapter_config(model.adapter))
     else:
         args["peft"] = model.adapter
+        args["attn_implementation"] = model.attn_implementation
     return {key: value for key, value in args.items() if value is not None}
 
 

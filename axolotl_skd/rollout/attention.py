@@ -90,18 +90,30 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED_SDPA, ALL_MASK_ATTENTION_FUNCTIONS
 def rollout_attention(own: str | None, softcapped: bool = False) -> str | None:
     """The attention implementation of rollouts for a model that is trained with `own`.
 
-    It computes what the model's own does: eager stays eager; SDPA and the flash and flex kernels,
-    which know no ragged 4-D mask, become grouped SDPA, or eager where scores are softcapped (Gemma-2,
-    which stock SDPA ignores and the others honour).
+    Eager stays eager; SDPA and the flash and flex kernels, which know no ragged 4-D mask, become
+    grouped SDPA, or eager where scores are softcapped (Gemma-2).
 
     Returns:
-        None if there is none that computes the same.
+        None if there is none that computes the same, or `own` is not what the model is: transformers'
+        SDPA leaves out the softcap without a word.
     """
-    if own in ("eager", "sdpa"):
-        return "eager" if own == "eager" else GROUPED_SDPA
-    if own is None or not ("flash" in own or own == "flex_attention"):
+    known = own is not None and (own in ("eager", "sdpa", "flex_attention") or "flash" in own)
+    if not known or (own == "sdpa" and softcapped):
         return None
-    return "eager" if softcapped else GROUPED_SDPA
+    return "eager" if own == "eager" or softcapped else GROUPED_SDPA
+
+
+def is_softcapped(config: PreTrainedConfig) -> bool:
+    """Are attention scores squashed before the softmax?"""
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+
+
+def default_attention(config: PreTrainedConfig) -> str | None:
+    """What to load a model with where nothing is asked for; None leaves it to transformers.
+
+    Whose own choice, SDPA, would leave out a softcap.
+    """
+    return "eager" if is_softcapped(config) else None
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from axolotl_skd.rollout.attention import (
     additive,
     attention_of,
+    is_softcapped,
     rollout_attention,
     visible_slots,
 )
@@ -27,6 +28,9 @@ LOG = logging.getLogger(__name__)
 
 # With graphs, fewer and larger views: each is a shape of its own.
 _GRAPHED_VIEW_MULTIPLE = 256
+
+# Positions, padding included, of one forward without gradient over rows that are there already.
+GIVEN_TOKENS = 2**14
 
 # Transformers' names of layers in which each token has keys and values of its own.
 _ADDRESSED_LAYERS = {"full_attention", "sliding_attention"}
@@ -314,11 +318,17 @@ def require_cache_by_position(name: str, config: PreTrainedConfig) -> None:
 
 
 def _require_rollout_attention(config: PreTrainedConfig) -> str:
-    softcapped = bool(getattr(config, "attn_logit_softcapping", None))
-    implementation = rollout_attention(config._attn_implementation, softcapped)
+    own, softcapped = config._attn_implementation, is_softcapped(config)
+    implementation = rollout_attention(own, softcapped)
+    if implementation is None and softcapped and own == "sdpa":
+        raise UnsupportedModelError(
+            f"attn_implementation 'sdpa' leaves out the softcap of a {config.model_type!r} model's "
+            "attention scores. Set attn_implementation: eager (flash_attention_2, flex_attention) for "
+            "the student, distillation.teacher.attn_implementation for the teacher."
+        )
     if implementation is None:
         raise UnsupportedModelError(
-            f"attn_implementation {config._attn_implementation!r} cannot be replaced in rollouts, "
+            f"attn_implementation {own!r} cannot be replaced in rollouts, "
             "which need a 4-D mask. Use sdpa, eager, flex_attention or a flash_attention: "
             "attn_implementation: sdpa for the student, distillation.teacher.attn_implementation: "
             "sdpa for the teacher."

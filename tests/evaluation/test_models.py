@@ -34,6 +34,15 @@ def test_a_full_model(tmp_path: Path) -> None:
     assert saved_model(path, "cpu") == EvalModel(base_model=path, device="cpu")
 
 
+def test_softcapped_scores_need_eager_attention(tmp_path: Path) -> None:
+    capped = str(folder(tmp_path / "gemma2", config={"attn_logit_softcapping": 50.0}))
+    plain = str(folder(tmp_path / "gemma3", config={"attn_logit_softcapping": None}))
+    assert saved_model(capped, "cpu").attn_implementation == "eager"
+    assert saved_model(plain, "cpu").attn_implementation is None
+    adapter = folder(tmp_path / "adapter", adapter_config={"base_model_name_or_path": capped})
+    assert saved_model(str(adapter), "cpu").attn_implementation == "eager"
+
+
 def test_an_adapter_is_put_on_its_base_model(tmp_path: Path) -> None:
     base = str(folder(tmp_path / "base", config={}))
     config = {"base_model_name_or_path": base, "r": 4, "revision": None}

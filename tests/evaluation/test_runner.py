@@ -62,6 +62,7 @@ def test_the_command_of_an_adapter_with_awkward_paths(tmp_path: Path) -> None:
         adapter="/lr=1e-4, run 2",
         tokenizer="7",
         trust_remote_code=True,
+        attn_implementation="eager",
     )
     settings = EvalSettings(
         limit=0.5, batch_size="auto", apply_chat_template=False, log_samples=tmp_path
@@ -74,6 +75,7 @@ def test_the_command_of_an_adapter_with_awkward_paths(tmp_path: Path) -> None:
         "tokenizer": "7",
         "dtype": "auto",
         "trust_remote_code": True,
+        "attn_implementation": "eager",
     }
     assert option(command, "--limit") == "0.5"
     assert option(command, "--batch_size") == "auto"

@@ -25,7 +25,7 @@ from axolotl_skd.rollout.attention import (
     rollout_attention,
 )
 from axolotl_skd.rollout.engine import RolloutEngine
-from axolotl_skd.rollout.lm import CausalLM
+from axolotl_skd.rollout.lm import CausalLM, UnsupportedModelError
 from axolotl_skd.rollout.sampling import row_streams
 from axolotl_skd.rollout.types import Prompts, Rollout, SamplingParams
 from tests.rollout.tiny import STOP_IDS, one_thread, random_prompts, tiny_model
@@ -164,8 +164,8 @@ def test_keys_and_values_are_not_repeated(num_queries: int) -> None:
     ("own", "plain", "softcapped"),
     [
         ("eager", "eager", "eager"),
-        # Stock SDPA ignores the softcap, and so must its stand-in.
-        ("sdpa", GROUPED_SDPA, GROUPED_SDPA),
+        # Stock SDPA leaves the softcap out: what it computes is not the model.
+        ("sdpa", GROUPED_SDPA, None),
         ("flash_attention_2", GROUPED_SDPA, "eager"),
         ("flash_attention_3", GROUPED_SDPA, "eager"),
         ("kernels-community/vllm-flash-attn3", GROUPED_SDPA, "eager"),
@@ -208,9 +208,9 @@ PARAMS = SamplingParams(3, 220, 1.0, 0.9, 0.7, 0.8, STOP_IDS)
 SOFTCAP = {"gemma2": {"attn_logit_softcapping": 0.5}}
 
 
-def roll_out(family: str, own: str, method: str) -> Rollout:
+def roll_out(family: str, own: str, method: str, **options: Any) -> Rollout:
     """With two models of the family that believe to compute with `own`."""
-    options = SOFTCAP.get(family, {})
+    options = {**SOFTCAP.get(family, {}), **options}
     models = [tiny_model(family, seed=seed, sharpness=5.0, **options) for seed in (1, 2)]
     for model in models:
         model.config._attn_implementation = own
@@ -239,5 +239,12 @@ def test_flash_attention_rolls_out_what_it_trains(family: str, same: str, method
 
 def test_the_softcap_matters() -> None:
     """Else the case above would show nothing."""
-    capped, ignored = (roll_out("gemma2", own, "interleave") for own in ("eager", "sdpa"))
+    capped, ignored = (
+        roll_out("gemma2", "eager", "interleave", attn_logit_softcapping=cap) for cap in (0.5, None)
+    )
     assert not torch.equal(capped.completion_ids, ignored.completion_ids)
+
+
+def test_attention_without_the_softcap_is_no_attention_of_the_model() -> None:
+    with pytest.raises(UnsupportedModelError, match="'sdpa' leaves out the softcap of a 'gemma2'"):
+        roll_out("gemma2", "sdpa", "interleave")

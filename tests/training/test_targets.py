@@ -18,8 +18,8 @@ def test_chunks_of_rows_change_nothing(
 ) -> None:
     """All rows at once, a few, one by one; never the states of more positions than is said."""
     runs = []
-    for limit in (trainer_module.TEACHER_TOKENS, 100, 1):
-        monkeypatch.setattr(trainer_module, "TEACHER_TOKENS", limit)
+    for limit in (trainer_module.GIVEN_TOKENS, 100, 1):
+        monkeypatch.setattr(trainer_module, "GIVEN_TOKENS", limit)
         shapes: list[tuple[int, int]] = []
 
         def watch(trainer: DistillationTrainer, shapes: list[Any] = shapes) -> None:
