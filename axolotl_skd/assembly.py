@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -39,6 +38,7 @@ from axolotl_skd.preflight import (
     sampling_params,
     warn_of_unknown_tokens,
 )
+from axolotl_skd.ranks import num_launched
 from axolotl_skd.rollout.graphs import Capture, CudaCapture
 from axolotl_skd.rollout.lm import CausalLM, probed_lm, rollout_mode
 from axolotl_skd.sharding import (
@@ -87,6 +87,7 @@ def assemble(
         vocabulary.VocabularyError
     """
     _refuse_lonely_ranks(trainer)
+    _take_one_gpu(trainer, distillation.teacher)
     accelerator = trainer.accelerator
     _refuse_other_engine(engine, running_engine(accelerator))
     student_model = base_causal_lm(accelerator.unwrap_model(trainer.model))
@@ -375,15 +376,26 @@ def _refuse_other_engine(asked: Engine, running: Engine) -> None:
 
 def _refuse_lonely_ranks(trainer: DistillationTrainer) -> None:
     """Several launched ranks of which each believes to be the only one would train apart."""
-    launched, seen = int(os.environ.get("WORLD_SIZE", "1")), trainer.accelerator.num_processes
+    launched, seen = num_launched(), trainer.accelerator.num_processes
     if launched != seen:
         raise ConfigConflictError(
             f"{launched} ranks were launched, but each sees {seen}: they would train independently "
-            "of each other. On CPU ranks set ACCELERATE_USE_CPU=true in the environment; otherwise "
-            "check the launcher and its rendezvous."
+            "of each other. On CPU ranks set ACCELERATE_USE_CPU=true in the environment; under srun or "
+            "mpirun launch torchrun, once per machine; otherwise check the launcher and its rendezvous."
         )
-    if trainer.args.n_gpu > 1:
+
+
+def _take_one_gpu(trainer: DistillationTrainer, teacher: TeacherConfig) -> None:
+    """A process that sees several GPUs trains on one, if the teacher has a use for the others."""
+    count = trainer.args.n_gpu
+    if count <= 1:
+        return
+    if not (teacher.device or teacher.device_map):
         raise ConfigConflictError(
-            f"one process sees {trainer.args.n_gpu} GPUs, which makes torch's DataParallel of it. Use "
-            "one process per GPU (axolotl train's default launcher), or set CUDA_VISIBLE_DEVICES."
+            f"one process sees {count} GPUs, which makes torch's DataParallel of it. Use one process "
+            "per GPU (axolotl train's default launcher), or set CUDA_VISIBLE_DEVICES; or give the "
+            "others to the teacher: distillation.teacher.device or device_map."
         )
+    # As transformers does with a model that lies on several devices itself.
+    trainer.args._n_gpu = 1
+    trainer._train_batch_size = trainer.args.train_batch_size

@@ -124,6 +124,7 @@ class SKDPlugin(BasePlugin):
         distillation = read_distillation(cfg)
         if distillation is None:
             return
+        check_ranks_agree(cfg, trainer.accelerator)
         preflight = check_models(cfg, distillation, trainer.processing_class)
         description = assemble(
             trainer,
@@ -135,7 +136,6 @@ class SKDPlugin(BasePlugin):
             prepared_path=Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH),
         )
         trainer.add_callback(StartLineCallback(description))
-        check_ranks_agree(cfg, trainer.accelerator)
         survive_full_disk(trainer)
         self._interruption = Interruption(trainer.on_any_rank)
         trainer.add_callback(self._interruption)
@@ -148,7 +148,8 @@ class SKDPlugin(BasePlugin):
         distillation = read_distillation(cfg)
         stopped_at = self._interruption and self._interruption.stopped_at
         if stopped_at is not None:
-            say_how_to_go_on(stopped_at, cfg.output_dir, cfg.axolotl_config_path)
+            only_model = bool(cfg.save_only_model)
+            say_how_to_go_on(stopped_at, cfg.output_dir, cfg.axolotl_config_path, only_model)
         elif distillation is not None and distillation.eval is not None:
             scores = evaluate_end(cfg, distillation.eval)
             if scores and self._scores is not None:

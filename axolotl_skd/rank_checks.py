@@ -6,7 +6,6 @@ The README's table of engines says the same.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,9 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_skd.config import Distillation
 from axolotl_skd.config_blocks import TeacherConfig
+from axolotl_skd.cpu import on_cpu
 from axolotl_skd.preflight import ConfigConflictError
+from axolotl_skd.ranks import num_launched
 from axolotl_skd.sharding import Engine
 from axolotl_skd.teacher import is_quantised
 
@@ -50,7 +51,7 @@ def check_ranks(cfg: Mapping[str, Any], distillation: Distillation) -> Engine:
         ConfigConflictError
     """
     engine = engine_of(cfg)
-    if distillation.teacher.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if distillation.teacher.device_map and num_launched() > 1:
         raise ConfigConflictError(
             f"distillation.teacher.device_map: {distillation.teacher.device_map} would let every rank "
             "spread its teacher over the devices of all. Launch one process, or use device:."
@@ -70,6 +71,8 @@ def check_ranks(cfg: Mapping[str, Any], distillation: Distillation) -> Engine:
 def warn_of_untested(cfg: Mapping[str, Any], engine: Engine) -> None:
     """Say what nobody has tried yet."""
     untried = {engine.value: _UNTRIED[engine]} if engine in _UNTRIED else {}
+    if engine is Engine.WHOLE and num_launched() > 1 and not on_cpu():
+        untried["DDP"] = "it has been run on CPU ranks only, not on GPUs"
     if cfg.get("use_ray"):
         untried["use_ray: true"] = (
             "the config passes Ray's second validation, but Ray has not been run"

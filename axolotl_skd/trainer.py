@@ -374,16 +374,6 @@ class DistillationCore(Trainer):
 
     # Checkpoints
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """What is there of the same step, half-written or of an earlier run, goes first."""
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (folder / STATE_FILE).unlink(missing_ok=True)  # at no time does it look whole
-            if folder.exists():
-                shutil.rmtree(folder)
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(*args, **kwargs)
-
     def _save_rng_state(self, output_dir: str) -> None:
         """The last file but `trainer_state.json`, which is not to come before any rank's share."""
         super()._save_rng_state(output_dir)
@@ -428,7 +418,7 @@ class DistillationCore(Trainer):
             logs.pop("eval_ppl", None)
         if "loss" in logs:
             logs.update(self.counters.pop(self._reduce_sum, self.accelerator.device))
-            logs["memory/peak_gib"] = self._peak_memory.read() / GIB
+            logs["memory/peak_gib"] = self._largest(self._peak_memory.read()) / GIB
             logs["memory/predicted_gib"] = self._attached().forecast.peak / GIB
         super().log(logs, *args, **kwargs)
 
@@ -437,6 +427,14 @@ class DistillationCore(Trainer):
         if self.accelerator.num_processes == 1:
             return here  # without waiting for the device
         return bool(self._reduce_sum(torch.tensor(int(here), device=self.accelerator.device)))
+
+    def _largest(self, here: int) -> int:
+        """Over the ranks."""
+        if self.accelerator.num_processes == 1:
+            return here
+        return int(
+            self.accelerator.gather(torch.tensor([here], device=self.accelerator.device)).max()
+        )
 
     def _reduce_sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
@@ -457,6 +455,26 @@ class DistillationCore(Trainer):
 
 class DistillationTrainer(AxolotlTrainer, DistillationCore):
     """Axolotl's causal trainer with distillation behind it."""
+
+    _saved_step: int | None = None
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """What is there of the same step, half-written or of an earlier run, goes first.
+
+        Before Axolotl's own, which writes into the folder on every rank. What this very run has saved
+        of the step stays: at no time is there less than before.
+        """
+        step = self.state.global_step
+        if step == self._saved_step:
+            return
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+            (folder / STATE_FILE).unlink(missing_ok=True)  # at no time does it look whole
+            if folder.exists():
+                shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(*args, **kwargs)
+        self._saved_step = step
 
 
 @cache

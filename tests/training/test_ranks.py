@@ -41,7 +41,7 @@ def launch(
     ranks: int, configs: dict[str, dict[str, Any]], folder: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `two_ranks.py` on so many ranks."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     path = folder / "configs.json"
     path.write_text(json.dumps(configs))
     module = "tests.training.two_ranks"
@@ -156,6 +156,25 @@ def test_a_rank_that_fails_stops_all_with_its_error(pair: Path, tmp_path: Path) 
     assert child.returncode != 0
     assert "[rank1]: RuntimeError: the last rank is out of luck" in child.stdout
     assert not list((tmp_path / "fails" / "one").glob("rank*.pt"))
+
+
+@pytest.mark.ranks
+def test_a_killed_rank_costs_the_open_step(pair: Path, tmp_path: Path) -> None:
+    """All are started again, and the result is the uninterrupted run's bit by bit."""
+    config = base_config(pair, max_steps=3, save_strategy="steps", save_steps=1)
+    config |= {"auto_resume_from_checkpoints": True, "micro_batch_size": 2}
+    succeed(2, {"one": config}, tmp_path / "through")
+    child = launch(2, {"one": config}, tmp_path / "killed", FAULT="kill")
+    assert child.returncode != 0 and "SIGKILL" in child.stdout
+    child = launch(2, {"one": config}, tmp_path / "killed")
+    assert child.returncode == 0, child.stdout[-6000:]
+    assert "killed/one/model/checkpoint-1" in child.stdout
+    through, killed = (results(tmp_path / name, "one", 2) for name in ("through", "killed"))
+    for one, other in zip(through, killed, strict=True):
+        assert largest_difference(one["weights"], other["weights"]) == 0
+        assert other["steps"] == 3
+        for key in ("loss", "grad_norm", "rollout/length", "tokens/total"):
+            assert logged(one, key) == logged(other, key) and len(logged(one, key)) == 3, key
 
 
 @pytest.mark.ranks

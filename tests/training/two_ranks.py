@@ -2,7 +2,7 @@
 
 torchrun --nproc_per_node N -m tests.training.two_ranks CONFIGS_JSON OUTPUT_DIR
 
-FAULT=fail or FAULT=ctrl_c in the environment happens to the last rank, in its second step's rollout.
+FAULT=fail, kill or ctrl_c in the environment happens to the last rank, in its second step's rollout.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ def meet_fault() -> None:
     fault = os.environ.get("FAULT")
     if fault == "fail":
         raise RuntimeError("the last rank is out of luck")
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
     if fault == "ctrl_c":
         os.kill(os.getpid(), signal.SIGINT)
 
