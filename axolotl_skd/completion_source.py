@@ -91,6 +91,7 @@ def completion_source(
         pad_to_multiple_of=collator.pad_to_multiple_of,
         top_k=_top_k(trainer, distillation, student.vocab_size),
         skip_non_finite=distillation.on_non_finite == "skip",
+        describe=trainer.start_of,
         asking=weights.asking if method.source is Source.INTERLEAVED else nullcontext,
     )
 
@@ -144,7 +145,8 @@ def _requests(trainer: DistillationTrainer, seed: int, num_rollouts: int) -> Ite
         prompt = batch["input_ids"][0, : int(batch["prompt_lengths"])]
         for index in range(num_rollouts):
             stream = row_streams(seed, 0, batch["sample_ids"], index)
-            yield Request(prompt, int(stream), sample=int(batch["sample_ids"]))
+            sample = f"{int(batch['sample_ids'])} ({trainer.start_of(prompt)!r})"
+            yield Request(prompt, int(stream), sample)
 
 
 def _top_k(

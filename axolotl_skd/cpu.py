@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,12 +22,26 @@ def on_cpu() -> bool:
 
 def fit_to_cpu(cfg: Any) -> None:
     """Keep ranks off accelerators that are not there, and Triton kernels off the CPU (in place)."""
+    read_what_cpu_ranks_wrote()
     cfg.device_map = {"": "cpu"}  # Axolotl would map ranks to devices
     kernels = [key for key in _LORA_KERNELS if cfg.get(key)]
     if kernels:
         LOG.info("no accelerator: %s switched off", ", ".join(kernels))
     for key in kernels:
         cfg[key] = False
+
+
+@cache
+def read_what_cpu_ranks_wrote() -> None:
+    """Let `torch.load` put tensors on "cpu:0", as accelerate calls the device of a CPU rank.
+
+    transformers asks for that device when several ranks resume, and torch knows "cpu" alone.
+    """
+
+    def restore(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+        return storage if location.startswith("cpu:") else None
+
+    torch.serialization.register_package(100, lambda _storage: None, restore)
 
 
 def keep_differentiable(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ def sample_sound_rows(
     prompts: Prompts,
     params: SamplingParams,
     *,
-    samples: Sequence[int],
+    name: Callable[[int], str],
     skip: bool,
 ) -> tuple[Rollout | None, Tensor]:
     """Sample; where a row gives NaN or infinity, sample the others anew without it.
@@ -34,14 +34,14 @@ def sample_sound_rows(
         sample: one of the engine's samplers.
         prompts: B rows.
         params: how to sample.
-        samples: B, what the rows are known by.
+        name: of a row, for people.
         skip: may rows be left out?
 
     Returns:
         the rollout of the sound rows, None if there is none; and which they are, bool [B].
 
     Raises:
-        NonFiniteLogitsError: a row would have to be left out and may not. Names it by `samples`.
+        NonFiniteLogitsError: a row would have to be left out and may not. Named by `name`.
     """
     sound = torch.ones(len(prompts.ids), dtype=torch.bool)
     while sound.any():
@@ -50,7 +50,9 @@ def sample_sound_rows(
             return sample(_select(prompts, left), params), sound
         except NonFiniteLogitsError as error:
             bad = [left[row] for row in error.rows]
-            named = NonFiniteLogitsError([samples[row] for row in bad], whose="sample(s)")
+            hint = "" if skip else " Such rows can be left out: distillation.on_non_finite: skip."
+            names = [name(row) for row in bad]
+            named = NonFiniteLogitsError(bad, error.model, names, hint)
             if not skip or not bad:
                 raise named from error
             sound[bad] = False

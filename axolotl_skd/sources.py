@@ -107,6 +107,7 @@ class RolloutSource:
         top_k: TopKPolicy | None = None,
         skip_non_finite: bool = False,
         asking: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        describe: Callable[[Tensor], str] = str,
     ) -> None:
         """
         Args:
@@ -122,6 +123,7 @@ class RolloutSource:
             pad_token_id, pad_to_multiple_of: as in `pad_rows`.
             top_k: K of each step, None where no top-K test is made.
             skip_non_finite: leave rows out of the loss for which nothing can be sampled.
+            describe: a prompt int64 [P] for people.
             asking: entered once a window, around all that is sampled (`sharding.AtHand.asking`).
         """
         self._sample = sample
@@ -138,6 +140,7 @@ class RolloutSource:
         self._top_k = top_k
         self._skip_non_finite = skip_non_finite
         self._asking = asking
+        self._describe = describe
         self._warned = False
 
     def complete(
@@ -222,7 +225,7 @@ class RolloutSource:
                 self._sample,
                 Prompts(tuple(ids), key, torch.full_like(key, self._max_new_tokens)),
                 self._params,
-                samples=samples,
+                name=lambda row: f"{samples[row]} ({self._describe(ids[row])!r})",
                 skip=self._skip_non_finite,
             )
         marked, sound = [], iter(sound.tolist())

@@ -47,12 +47,12 @@ class Request:
     Attributes:
         prompt: int64 [P].
         stream: its random stream (`sampling.row_streams`).
-        sample: id of the data set's row.
+        sample: what the data set's row is called, for people.
     """
 
     prompt: Tensor
     stream: int
-    sample: int
+    sample: str
 
     @property
     def key(self) -> str:
@@ -218,7 +218,7 @@ def _made(
         sample,
         prompts,
         params,
-        samples=[request.sample for request in group],
+        name=lambda row: group[row].sample,
         skip=skip,
     )
     rows = iter(())
@@ -252,7 +252,7 @@ class StoredSequences:
         rows = [self._by_key[_key(ids.cpu(), stream)] for ids, stream in asked]
         empty = [index for index, row in enumerate(rows) if not row.ids]
         if empty:
-            raise NonFiniteLogitsError(empty)
+            raise NonFiniteLogitsError(empty, "teacher")
         ids = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(row.ids, device=device) for row in rows], batch_first=True
         )

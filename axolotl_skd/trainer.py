@@ -350,9 +350,15 @@ class DistillationCore(Trainer):
         else:
             whose = (
                 "The student's states are, so the teacher's logits are not, or the distance between "
-                "both. Training rows of which the teacher makes no numbers can be left out: "
-                "distillation.on_non_finite: skip."
+                "both."
             )
+            if training and not self._attached().skip_non_finite:
+                whose += (
+                    " Training rows of which the teacher makes no numbers can be left out: "
+                    "distillation.on_non_finite: skip."
+                )
+        if not training:
+            whose += " Validation leaves nothing out: remove these rows, or mend the model."
         return NonFiniteLossError(
             f"{where}: the loss of {int(bad.sum())} of {len(losses)} tokens is not finite, in "
             f"sample(s) {self._named(inputs, rows[bad].unique())}. {whose} The weights were not "
@@ -363,14 +369,15 @@ class DistillationCore(Trainer):
     def _named(self, inputs: Batch, rows: Tensor) -> str:
         """Some rows of a batch, for people."""
         named = (
-            f"{int(inputs['sample_ids'][row])} ({self._prompt_start(inputs, row)!r})"
+            f"{int(inputs['sample_ids'][row])} "
+            f"({self.start_of(inputs['input_ids'][row, : int(inputs['prompt_lengths'][row])])!r})"
             for row in rows.tolist()
         )
         return ", ".join(named)
 
-    def _prompt_start(self, inputs: Batch, row: int, num_tokens: int = 24) -> str:
-        length = min(num_tokens, int(inputs["prompt_lengths"][row]))
-        return self.processing_class.decode(inputs["input_ids"][row, :length])
+    def start_of(self, prompt: Tensor, num_tokens: int = 24) -> str:
+        """The text of a prompt's first tokens, for people."""
+        return self.processing_class.decode(prompt[:num_tokens])
 
     # Checkpoints
 

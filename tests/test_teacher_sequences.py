@@ -25,7 +25,7 @@ from axolotl_skd.teacher_sequences import (
 from tests.helpers import save_model
 
 PARAMS = SamplingParams(3, 2, 1.0, 1.0, 1.0, 1.0, (2,))
-REQUESTS = [Request(torch.tensor([5, 6, i]), stream=100 + i, sample=50 + i) for i in range(7)]
+REQUESTS = [Request(torch.tensor([5, 6, i]), stream=100 + i, sample=str(50 + i)) for i in range(7)]
 
 
 @dataclass
@@ -114,8 +114,8 @@ def test_what_is_corrupt_is_made_again(
 def test_other_prompts_and_streams_are_other_sequences(tmp_path: Path) -> None:
     """An id column can survive while its prompt is edited."""
     make(tmp_path, Teacher())
-    edited = Request(torch.tensor([5, 7, 1]), stream=101, sample=51)
-    another = Request(REQUESTS[2].prompt, stream=300, sample=52)
+    edited = Request(torch.tensor([5, 7, 1]), stream=101, sample="51")
+    another = Request(REQUESTS[2].prompt, stream=300, sample="52")
     teacher = Teacher()
     make(tmp_path, teacher, [edited, another, REQUESTS[3]])
     assert teacher.asked == [101, 300]
@@ -123,7 +123,7 @@ def test_other_prompts_and_streams_are_other_sequences(tmp_path: Path) -> None:
 
 def test_a_stream_that_two_prompts_share_is_two_sequences(tmp_path: Path) -> None:
     """As where an id column is not unique."""
-    twins = [Request(torch.tensor(ids), stream=300, sample=5) for ids in ([5, 1], [5, 2])]
+    twins = [Request(torch.tensor(ids), stream=300, sample="5") for ids in ([5, 1], [5, 2])]
     made = make(tmp_path, Teacher(), twins)
     assert made.keys() == {twin.key for twin in twins} and len(made) == 2
 

@@ -164,7 +164,9 @@ class RolloutEngine:
                     flight.pending[:, None], flight.positions(1), caches[0], flight.longest
                 )
                 uniforms = flight.uniforms(1)[role]
-                tokens = sampler(lm.logits(hidden[:, -1]), temperature, top_p, uniforms[:, 0])
+                tokens = sampler(
+                    role.name.lower(), lm.logits(hidden[:, -1]), temperature, top_p, uniforms[:, 0]
+                )
                 one = torch.ones_like(tokens)
                 return Proposal(
                     tokens=tokens[:, None],
@@ -222,7 +224,7 @@ class RolloutEngine:
                 verdict = flight.judge(propose(RoundSampler(patient, flight.live)))
             except NonFiniteLogitsError as error:
                 # Rows of the rollout, not seats.
-                raise NonFiniteLogitsError(flight.rows_at(error.rows)) from error
+                raise NonFiniteLogitsError(flight.rows_at(error.rows), error.model) from error
             if watch is not None:
                 watch.mark()
             committed = flight.commit(verdict)
@@ -285,9 +287,8 @@ class RolloutEngine:
             if i == num_draft:
                 break  # a bonus token may follow the last proposal, which then has to be in the cache
             logits = self.student.logits(hidden)
-            tokens.append(
-                sampler(logits, params.student_temperature, params.student_top_p, uniforms[:, i])
-            )
+            temperature, top_p = params.student_temperature, params.student_top_p
+            tokens.append(sampler("student", logits, temperature, top_p, uniforms[:, i]))
             if ratio is not None:
                 states.append(hidden.clone())  # a graph writes the next one to the same place
                 probs.append(ratio.proposal_probs(logits, tokens[-1], params))
@@ -334,6 +335,7 @@ class RolloutEngine:
         # Where everything was accepted and no bonus asked for, the last index is sampled in vain.
         index = num_accepted.clamp(max=width - 1)[:, None]
         replaced_by = sampler(
+            "teacher",
             replacement.logits,
             replacement.temperature,
             replacement.top_p,

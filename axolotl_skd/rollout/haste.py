@@ -11,7 +11,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from axolotl_skd.rollout.sampling import sample_from_shortlist, sample_top_p
+from axolotl_skd.rollout.sampling import (
+    NonFiniteLogitsError,
+    sample_from_shortlist,
+    sample_top_p,
+)
 
 
 class RoundSampler:
@@ -33,11 +37,14 @@ class RoundSampler:
         return self._settled
 
     def __call__(
-        self, logits: Tensor, temperature: float, top_p: float, uniforms: Tensor
+        self, model: str, logits: Tensor, temperature: float, top_p: float, uniforms: Tensor
     ) -> Tensor:
-        """As `sample_top_p`."""
+        """As `sample_top_p`, from the logits of the "student" or the "teacher"."""
         if self._patient:
-            return sample_top_p(logits, temperature, top_p, uniforms)
+            try:
+                return sample_top_p(logits, temperature, top_p, uniforms)
+            except NonFiniteLogitsError as error:
+                raise NonFiniteLogitsError(error.rows, model) from None
         tokens, settled = sample_from_shortlist(logits, temperature, top_p, uniforms)
         self._settled = self._settled & (settled.to(self._empty.device) | self._empty).all()
         return tokens

@@ -36,18 +36,35 @@ _NEGLIGIBLE = -80.0
 class NonFiniteLogitsError(RuntimeError):
     """Logits from which nothing can be sampled, and whose they are."""
 
-    def __init__(self, rows: Sequence[int], whose: str = "rows") -> None:
+    _REMEDIES = {
+        "student": "If training had begun, it diverged: lower learning_rate. Else base_model or its "
+        "dtype is broken.",
+        "teacher": "Its checkpoint or its dtype is broken (distillation.teacher.dtype: bfloat16 or "
+        "float32 instead of float16 is the usual remedy).",
+    }
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        model: str | None = None,
+        names: Sequence[str] = (),
+        hint: str = "",
+    ) -> None:
         """
         Args:
-            rows: which; indices, or what a caller knows them by.
-            whose: what `rows` holds.
+            rows: their indices.
+            model: "student" or "teacher"; None if it is not known here.
+            names: what a caller knows the rows by.
+            hint: what else can be done.
         """
+        whose = f"sample(s) {', '.join(names)}" if names else f"rows {', '.join(map(str, rows))}"
+        of_model = f"{model}'s " if model else ""
         super().__init__(
-            f"the logits of {whose} {', '.join(map(str, rows))} are not finite (NaN or infinite), so "
-            "no token can be sampled. If training had begun, the student diverged: lower "
-            "learning_rate. Else a checkpoint or its dtype is broken (distillation.teacher.dtype)."
+            f"the {of_model}logits of {whose} are not finite (NaN or "
+            f"infinite), so no token can be sampled. {self._REMEDIES.get(model, '')}{hint}"
         )
         self.rows = list(rows)
+        self.model = model
 
 
 class Role(IntEnum):

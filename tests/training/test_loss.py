@@ -224,9 +224,9 @@ def test_a_diverged_student_stops_with_the_samples_named(
 
         source.complete = poisoned
 
-    with pytest.raises(NonFiniteLogitsError, match="the student diverged") as error:
+    with pytest.raises(NonFiniteLogitsError, match="the student's logits of.*it diverged") as error:
         run_training(base_config(pair, method=method), tmp_path, poison)
-    assert set(error.value.rows) == set(samples)
+    assert set(error.value.rows) == set(range(len(samples)))
     assert all(str(sample) in str(error.value) for sample in samples)
 
 
