@@ -124,6 +124,20 @@ class TeacherConfig(Block):
         return self
 
     @model_validator(mode="after")
+    def _four_bit_settings_of_four_bits(self) -> TeacherConfig:
+        settings = [
+            key
+            for key, field in type(self).model_fields.items()
+            if key.startswith("bnb_4bit_") and getattr(self, key) != field.default
+        ]
+        if settings and not self.load_in_4bit:
+            raise ValueError(
+                f"{settings[0]} says how to quantise to 4 bit, but load_in_4bit is not set, so "
+                "the teacher would not be. Set load_in_4bit: true, or remove it."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_model(self) -> TeacherConfig:
         if not self.student_base:
             return self

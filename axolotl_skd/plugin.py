@@ -36,7 +36,12 @@ from axolotl_skd.preflight import (
     check_settings,
     stop_set,
 )
-from axolotl_skd.rank_checks import check_ranks, warn_of_untested
+from axolotl_skd.rank_checks import (
+    check_engine_can_start,
+    check_engine_is_there,
+    check_ranks,
+    warn_of_untested,
+)
 from axolotl_skd.rollout.stop_strings import StopStrings
 from axolotl_skd.trackers import TrackedScores
 from axolotl_skd.trainer import DistillationTrainer, trainer_type
@@ -52,6 +57,8 @@ class SKDPlugin(BasePlugin):
 
     def register(self, cfg: dict[str, Any]) -> None:
         check_block_is_there(cfg)
+        if cfg.get("distillation") is not None:
+            check_engine_is_there(cfg)
         if cfg.get("distillation") is not None and on_cpu() and not cfg.get("deepspeed"):
             # Without it accelerate lets several CPU ranks train independently of each other.
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -64,11 +71,13 @@ class SKDPlugin(BasePlugin):
         if distillation is None:
             return None
         check_settings(cfg, distillation)
-        warn_of_untested(cfg, check_ranks(cfg, distillation))
+        engine = check_ranks(cfg, distillation)
+        warn_of_untested(cfg, engine)
         if distillation.eval is not None:
             check_evaluation(cfg, distillation.eval)
         if preprocess:
             return None
+        check_engine_can_start(engine)
         choose_checkpoint(cfg)
         tokenizer = load_tokenizer(cfg)
         preflight = check_models(cfg, distillation, tokenizer)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from axolotl_skd.config import Distillation
 from axolotl_skd.cpu import on_cpu
 from axolotl_skd.devices import present_devices
+from axolotl_skd.methods import LossRecipe
 from axolotl_skd.prompts import DATASET_TYPE
 from axolotl_skd.rollout.attention import default_attention, is_softcapped, rollout_attention
 from axolotl_skd.rollout.lm import require_cache_by_position
@@ -122,7 +123,12 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
             "then be continued mid-sentence. Set excess_length_strategy: drop and raise sequence_len."
         )
     save, evaluate = cfg.get("save_steps"), cfg.get("eval_steps")
-    if cfg.get("load_best_model_at_end") and not (save and evaluate and save % evaluate == 0):
+    if cfg.get("load_best_model_at_end") and not evaluate:
+        raise ConfigConflictError(
+            "load_best_model_at_end: true, but nothing is evaluated on the way: eval_steps is not set. "
+            "Set it (with test_datasets: or val_set_size:), or load_best_model_at_end: false."
+        )
+    if cfg.get("load_best_model_at_end") and not (save and save % evaluate == 0):
         raise ConfigConflictError(
             f"load_best_model_at_end: true, but save_steps: {save} is no multiple of eval_steps: "
             f"{evaluate}; Axolotl would switch it off without a word. Make it one."
@@ -143,11 +149,19 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
             distillation.method,
             ", ".join(unread),
         )
-    if distillation.teacher.student_base and not cfg.get("adapter"):
-        raise ConfigConflictError(
-            "distillation.teacher.student_base: true, but there is no adapter: that could be switched "
-            "off. Set adapter: lora or qlora, or name a teacher by base_model."
-        )
+    if distillation.teacher.student_base:
+        if not cfg.get("adapter"):
+            raise ConfigConflictError(
+                "distillation.teacher.student_base: true, but there is no adapter: that could be "
+                "switched off. Set adapter: lora or qlora, or name a teacher by base_model."
+            )
+        if _learns_from_its_like(cfg, distillation):
+            LOG.warning(
+                "distillation.teacher.student_base: true with a fresh adapter: it changes nothing at "
+                "first, so student and teacher are the same, the loss is zero, and there is nothing to "
+                "learn but noise. Go on from a trained adapter (lora_model_dir), or name a teacher by "
+                "base_model."
+            )
     if distillation.method_row.needs_teacher and _same_model(
         cfg["base_model"], distillation.teacher.base_model
     ):
@@ -156,6 +170,15 @@ def check_settings(cfg: Mapping[str, Any], distillation: Distillation) -> None:
             "self-distillation from a frozen copy.",
             cfg["base_model"],
         )
+
+
+def _learns_from_its_like(cfg: Mapping[str, Any], distillation: Distillation) -> bool:
+    """Is all that a new adapter learns from its own base's distributions?"""
+    return (
+        distillation.method_row.loss is LossRecipe.DIVERGENCE
+        and not distillation.loss.ce_weight
+        and not cfg.get("lora_model_dir")
+    )
 
 
 def _check_precision(cfg: Mapping[str, Any], distillation: Distillation) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from axolotl.utils.logging import get_logger
@@ -66,6 +67,35 @@ def check_ranks(cfg: Mapping[str, Any], distillation: Distillation) -> Engine:
     if engine.shards_weights:
         _refuse_unsharded(cfg, distillation, engine)
     return engine
+
+
+def check_engine_is_there(raw: Mapping[str, Any]) -> None:
+    """Refuse an engine that is not installed, ahead of Axolotl, which would fail without a word.
+
+    Args:
+        raw: the config as written.
+
+    Raises:
+        ConfigConflictError
+    """
+    if raw.get("deepspeed") and find_spec("deepspeed") is None:
+        raise ConfigConflictError(
+            "deepspeed: is set, but the package is not installed. pip install deepspeed (Axolotl's "
+            "extra axolotl[deepspeed]), or remove deepspeed:."
+        )
+
+
+def check_engine_can_start(engine: Engine) -> None:
+    """Refuse one that this machine cannot run, though it can prepare its data.
+
+    Raises:
+        ConfigConflictError
+    """
+    if engine is Engine.FSDP_2 and on_cpu():
+        raise ConfigConflictError(
+            "fsdp_config: is set, but there is no GPU, and accelerate starts FSDP on no other device. "
+            "Remove it (DDP), or run it where there are GPUs."
+        )
 
 
 def warn_of_untested(cfg: Mapping[str, Any], engine: Engine) -> None:

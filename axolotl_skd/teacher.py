@@ -40,8 +40,19 @@ def _hub_arguments(config: TeacherConfig) -> dict[str, Any]:
     return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
 
 
+def _reason(error: Exception) -> str:
+    """Its first line, and the next where the first one only announces it."""
+    lines = [line.strip() for line in (str(error).strip() or repr(error)).splitlines()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
 def _unreadable(config: TeacherConfig, what: str, error: Exception) -> TeacherError:
-    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    reason = _reason(error)
+    if Path(str(config.base_model), "adapter_config.json").exists():
+        reason = (
+            "it holds an adapter: name it by distillation.teacher.adapter, and the model it was "
+            "trained on by base_model"
+        )
     if str(config.base_model).startswith((".", "/", "~")) and not Path(config.base_model).exists():
         reason = f"there is no such folder; looked from {Path.cwd()}"
     return TeacherError(
@@ -194,12 +205,22 @@ def load_teacher(config: TeacherConfig, device: torch.device | None) -> PreTrain
     except torch.OutOfMemoryError as error:
         raise _too_large(config, str(error)) from error
     except ImportError as error:
-        asked = [key for key in ("attn_implementation", config.quantised) if key]
+        asked = [
+            key for key in ("attn_implementation", config.quantised) if key and getattr(config, key)
+        ]
         raise TeacherError(
             f"distillation.teacher.{' / '.join(asked)}: what {config.base_model!r} needs so is not "
             f"installed ({error}). Install it, or change them."
         ) from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if config.torchao and isinstance(
+            error, RuntimeError
+        ):  # transformers' word for a failed one
+            raise TeacherError(
+                f"distillation.teacher.torchao: {config.torchao} could not be applied to "
+                f"{config.base_model!r} (above it is said why, e.g. a kernel that is not installed: "
+                f"{_reason(error)}). Set torchao: int8, load_in_4bit or load_in_8bit."
+            ) from None
         raise _unreadable(config, "weights", error) from None
     if config.device_map and any(weight.is_meta for weight in teacher.parameters()):
         raise _too_large(
@@ -224,10 +245,9 @@ def _with_adapter(teacher: PreTrainedModel, config: TeacherConfig) -> PreTrained
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise TeacherError(
             f"distillation.teacher.adapter: {config.adapter!r} could not be read as an adapter of "
-            f"{config.base_model!r} ({type(error).__name__}: {reason}). Give a folder with "
+            f"{config.base_model!r} ({type(error).__name__}: {_reason(error)}). Give a folder with "
             "adapter_config.json and its weights, or a hub id, and the base_model it was trained on."
         ) from None
     if not isinstance(adapted.base_model, BaseTuner):

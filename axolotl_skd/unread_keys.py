@@ -36,6 +36,7 @@ def unread_keys(distillation: Distillation) -> list[str]:
     share = distillation.method_row.share
     paths = ["lmbda"] if share is not Share.LMBDA else []
     paths += ["switch_at"] if share is not Share.LATE else []
+    paths += ["on_non_finite"] if not distillation.method_row.needs_teacher else []
     changed = [path for path in paths if _changed(distillation, path)]
     of_rollout = [
         f"rollout.{key}"

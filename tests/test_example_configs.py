@@ -15,6 +15,7 @@ from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 from transformers import AutoTokenizer, GemmaConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
 
+from axolotl_skd import rank_checks
 from axolotl_skd.config import Distillation, read_distillation
 from axolotl_skd.methods import METHODS
 from axolotl_skd.preflight import check_models, check_settings
@@ -87,6 +88,7 @@ def test_example_is_valid(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for start in ("setup_deepspeed_env", "setup_fsdp_envs"):  # would prepare this process for them
         monkeypatch.setattr(axolotl.utils.trainer, start, lambda *_, **__: None)
+    monkeypatch.setattr(rank_checks, "find_spec", lambda _name: "deepspeed is not needed for this")
     cfg = load_cfg(str(FOLDER / name), base_model=student, output_dir=str(tmp_path / "out"))
     distillation = read_distillation(cfg)
     assert distillation == Distillation.model_validate(raw["distillation"])

@@ -146,6 +146,7 @@ def test_without_a_block_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_cpu_ranks_are_told_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "on_cpu", lambda: True)
+    monkeypatch.setattr(plugin, "check_engine_is_there", lambda _cfg: None)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     SKDPlugin().register(with_block(deepspeed="zero3.json"))
     assert "ACCELERATE_USE_CPU" not in os.environ

@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from axolotl_skd import rank_checks
 from axolotl_skd.config import Distillation
 from axolotl_skd.preflight import ConfigConflictError
-from axolotl_skd.rank_checks import check_ranks, engine_of, warn_of_untested
+from axolotl_skd.rank_checks import (
+    check_engine_can_start,
+    check_engine_is_there,
+    check_ranks,
+    engine_of,
+    warn_of_untested,
+)
 from axolotl_skd.resources import resource_path
 from axolotl_skd.sharding import Engine
 
@@ -44,6 +51,25 @@ def distillation(teacher: dict[str, Any] | None = None, **keys: Any) -> Distilla
 )
 def test_the_engine_asked_for(cfg: dict[str, Any], engine: Engine) -> None:
     assert check_ranks(cfg, distillation()) is engine
+
+
+def test_an_engine_that_cannot_start_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_checks, "find_spec", lambda _name: None)
+    with pytest.raises(ConfigConflictError, match="the package is not installed. pip install deep"):
+        check_engine_is_there(ZERO_3)
+    check_engine_is_there(FSDP_2)
+    monkeypatch.setattr(rank_checks, "find_spec", lambda _name: "there")
+    check_engine_is_there(ZERO_3)
+    for cpu in (False, True):
+        monkeypatch.setattr(rank_checks, "on_cpu", lambda cpu=cpu: cpu)
+        check_engine_can_start(Engine.ZERO_3)
+        if cpu:
+            with pytest.raises(
+                ConfigConflictError, match="fsdp_config: is set, but there is no GPU"
+            ):
+                check_engine_can_start(Engine.FSDP_2)
+        else:
+            check_engine_can_start(Engine.FSDP_2)
 
 
 def test_deepspeed_by_file(tmp_path: Path) -> None:

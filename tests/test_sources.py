@@ -226,10 +226,8 @@ def test_skipped_rows_are_trained_on_nowhere_and_change_no_other() -> None:
 
 
 def test_rows_are_skipped_only_if_asked() -> None:
-    with pytest.raises(
-        NonFiniteLogitsError,
-        match=r"sample\(s\) 1 \('tensor.*\) are not finite.*on_non_finite: skip",
-    ):
+    said = r"sample\(s\) 1 \('tensor.*\) are not finite.*on_non_finite: skip"
+    with pytest.raises(NonFiniteLogitsError, match=said):
         source(1.0, sample=failing({2})).complete([batch([0, 1, 5])], 0, 0.0)
 
 

@@ -109,9 +109,11 @@ def test_the_configs_device_wins(folder: Path) -> None:
 
 
 def test_the_teacher_is_never_quantised_unasked(folder: Path) -> None:
-    # The 4-bit settings have defaults; only load_in_4bit switches them on.
-    config = teacher_config(folder, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype="float32")
+    config = teacher_config(folder)
     assert quantization_config(config) is None
+    for keys in ({"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_use_double_quant": False}):
+        with pytest.raises(ValueError, match="bnb_4bit.*but load_in_4bit is not set"):
+            teacher_config(folder, **keys)
     teacher = load_teacher(config, CPU)
     assert linear_types(teacher) == {nn.Linear}
     assert getattr(teacher.config, "quantization_config", None) is None
@@ -491,6 +493,43 @@ def test_the_room_of_a_teacher_is_known_before_it_is_loaded(
         if state is not None:
             held += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
     assert expected == pytest.approx(held, rel=0.02)
+
+
+def test_an_adapter_is_no_teacher(tmp_path: Path) -> None:
+    adapted = save_adapter(save_model(tmp_path / "base"), tmp_path / "adapter")
+    adapted.base_model.config.save_pretrained(tmp_path / "adapter")  # as Axolotl leaves it beside
+    message = error_of(lambda: load_teacher(teacher_config(tmp_path / "adapter"), CPU))
+    assert "it holds an adapter: name it by distillation.teacher.adapter" in message
+
+
+def test_a_package_that_a_setting_needs_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*_: Any, **__: Any) -> None:
+        raise ImportError("flash_attn seems to be not installed")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lacking)
+    config = teacher_config(folder, attn_implementation="flash_attention_2")
+    with pytest.raises(TeacherError, match="teacher.attn_implementation: .*flash_attn seems to be"):
+        load_teacher(config, CPU)
+
+
+def test_a_quantisation_that_fails_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("conversion failed")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", failing)
+    with pytest.raises(
+        TeacherError, match="teacher.torchao: int4 could not be applied.*conversion"
+    ):
+        load_teacher(teacher_config(folder, torchao="int4"), CPU)
+
+
+def test_weights_that_are_no_numbers_are_said_to_be(tmp_path: Path) -> None:
+    model = save_model(tmp_path)
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(UnsupportedModelError, match="the teacher: .* gives NaN or infinite logits"):
+        probe(CausalLM(model), "the teacher")
 
 
 def test_a_multimodal_checkpoint_teaches_by_its_text_part(tmp_path: Path) -> None:

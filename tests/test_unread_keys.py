@@ -56,6 +56,8 @@ def test_the_keys_of_a_rollout_that_a_method_does_not_make(
 def test_the_keys_of_mixtures() -> None:
     assert unread_keys(block("skd", lmbda=0.9, switch_at=0.2)) == ["lmbda", "switch_at"]
     assert unread_keys(block("gkd", lmbda=0.9)) == []
+    assert unread_keys(block("sft", on_non_finite="skip")) == ["on_non_finite"]
+    assert unread_keys(block("seqkd", on_non_finite="skip")) == []
     assert unread_keys(block("two_stage", switch_at=0.2)) == []
 
 

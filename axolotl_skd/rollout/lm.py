@@ -365,6 +365,12 @@ def probe(lm: CausalLM, name: str, num_tokens: int = 12) -> None:
     ids = (torch.arange(2 * num_tokens, device=lm.device) % lm.head.vocab_size).view(2, -1)
     with lm.precision():
         expected = lm.model(input_ids=ids, use_cache=False).logits[..., : lm.head.vocab_size]
+    if not expected.isfinite().all():
+        raise UnsupportedModelError(
+            f"{name}: {type(lm.model).__name__} gives NaN or infinite logits at the first tokens it is "
+            "tried with: its weights are broken, or its dtype is too narrow for them (float16). Give "
+            "another checkpoint or dtype."
+        )
     try:
         plain = lm.logits(lm.hidden_states(ids))
         cached = lm.logits(_cached_hidden(lm, ids))
