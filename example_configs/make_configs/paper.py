@@ -117,7 +117,7 @@ def paper_distillation(task: Task, family: Family, stage: Stage, quantised: bool
         "teacher_top_p": (task.teacher_top_p,),
     }
     in_4_bit: list[Entry] = [
-        ("load_in_4bit", "true", "for one GPU; the paper does not speak of quantisation"),
+        ("load_in_4bit", "true", "to fit a GPU; the paper does not speak of quantisation"),
         ("bnb_4bit_quant_type", "nf4"),
         ("bnb_4bit_use_double_quant", "true"),
     ]
