@@ -22,16 +22,17 @@ round, takes these seconds:
 and on each GPU, beside 2 h_t B T of stored teacher states, the larger of these bytes:
 
     rollout    12 N_s / S + 2 N_s          float32 weights and two moments; in bf16, whole
-               + teacher + (kv_s + kv_t) B (P + T)
+               + teacher + ((z + 2) / 4 kv_s + kv_t) B (P + T)
                + 2 (12 h_t + 4 i_t) B P + 2 V B G       a layer's work on the prompts; logits
     training   16 N_s / S + teacher        gradients too
                + 2 N_s or, if S > 1, 2 (V h_s + L_s / layers_s)          in bf16
                + 4 N_s                     gradients to be sent, if S = 1 < R
                + (z layers_s h_s + 2 (12 h_s + 4 i_s)) B (P + T)         inputs of all, work of one
-               + 8 V h_s + 6 K             head's gradient: a sum, a part; K logits, three times
+               + 10 V h_s + 6 K            head's gradient: sum, multiple, cast; K logits thrice
 
-kv are the bytes of a token's keys and values, i the MLP's size, z = 4 if S = 1 (autocast of float32
-weights leaves the residual stream in float32), else 2. By where the models are:
+kv are the bytes of a token's keys and values in bf16, i is the MLP's size, z = 4 if S = 1 (autocast
+of float32 weights leaves the residual stream and rotated keys in float32), else 2. By where the models
+are:
 
                  S   teacher in rollout and training      seconds more
     replicated   1   2 N_t                                none
@@ -170,6 +171,16 @@ class Run:
         """S."""
         return 1 if self.placement == REPLICATED else self.gpus
 
+    @property
+    def stream(self) -> int:
+        """z."""
+        return 4 if self.sharing == 1 else 2
+
+    @property
+    def student_kv(self) -> float:
+        """Bytes of a token's keys and values."""
+        return (self.stream + 2) / 4 * self.student.kv
+
     def moving(self, size: float) -> float:
         """Seconds in which each GPU gets so many bytes, of which it has its own part."""
         link = self.device.node_link if self.gpus <= NODE else self.device.wide_link
@@ -205,16 +216,15 @@ def seconds(run: Run) -> Seconds:
         once = run.moving(2 * (teacher.parameters - teacher.linear))
         in_forwards = run.moving(2 * teacher.linear)
 
-    def forward(model: Model, tokens: int, cached: float = 0.0) -> float:
+    def forward(model: Model, tokens: int, caches: float = 0.0) -> float:
         weights = model.linear + model.head
-        reading = (2 * weights + cached * model.kv) / bandwidth
-        return max(reading, 2 * weights * tokens / speed)
+        return max((2 * weights + caches) / bandwidth, 2 * weights * tokens / speed)
 
     cached = step.rows * (step.prompt + step.completion / 2)  # rows are half written on average
     rounds = step.completion / step.tokens_a_round
     rollout = sum(forward(model, step.rows * step.prompt) for model in (student, teacher))
-    rollout += rounds * step.draft * forward(student, step.rows, cached)
-    rollout += rounds * forward(teacher, step.rows * step.draft, cached)
+    rollout += rounds * step.draft * forward(student, step.rows, cached * run.student_kv)
+    rollout += rounds * forward(teacher, step.rows * step.draft, cached * teacher.kv)
     rollout += (1 + rounds) * in_forwards
 
     operations = 8 * student.linear * step.rows * (step.prompt + step.completion)
@@ -248,7 +258,7 @@ def memory(run: Run) -> Bytes:
     spread = run.sharing > 1
 
     rollout = 12 * student.parameters / run.sharing + 2 * student.parameters
-    rollout += of_teacher.rollout + (student.kv + teacher.kv) * tokens
+    rollout += of_teacher.rollout + (run.student_kv + teacher.kv) * tokens
     rollout += teacher.work * step.rows * step.prompt
     rollout += 2 * teacher.vocabulary * step.rows * step.draft
 
@@ -257,9 +267,9 @@ def memory(run: Run) -> Bytes:
     training += 2 * at_a_time
     if run.gpus > 1 and not spread:
         training += 4 * student.parameters
-    inputs = (2 if spread else 4) * student.layers * student.hidden
+    inputs = run.stream * student.layers * student.hidden
     training += (inputs + student.work) * tokens
-    training += 8 * student.head + 6 * CHUNK_ELEMENTS
+    training += 10 * student.head + 6 * CHUNK_ELEMENTS
     return Bytes(states + rollout, states + training)
 
 
