@@ -1,4 +1,4 @@
-"""The README's tables of students and of scaling are those of their scripts, whose cells can fail."""
+"""The README's table of students is that of its script, whose cells can fail."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from tests.rollout.tiny import FAMILIES
 
@@ -93,50 +92,3 @@ def test_marks_bound_what_is_replaced(matrix: ModuleType) -> None:
     assert matrix.put_between_marks(text, "new") == "before\nnew\nafter\n"
     with pytest.raises(ValueError, match="once"):
         matrix.put_between_marks("nothing", "new")
-
-
-def test_the_readme_has_the_table_of_the_scaling_script() -> None:
-    assert script("scaling.py").table() in README
-
-
-def test_scaling_follows_its_formulas() -> None:
-    """By hand: one GPU, a teacher that is bound by reading, nothing to exchange."""
-    scaling = script("scaling.py")
-    student = scaling.Model("s", 1e9, 10, 1000, 2, 50, 1000)
-    teacher = scaling.Model("t", 8e9, 20, 2000, 4, 50, 1000)
-    device = scaling.Device(bandwidth=1e12, speed=1e15, node_link=1e11, wide_link=1e10, memory=8e10)
-    step = scaling.Step(rows=2, prompt=100, completion=200, draft=2, acceptance=0.5)
-    alone = scaling.cost(student, teacher, 1, scaling.REPLICATED, step, device)
-    kv = {"student": 4 * 10 * 2 * 50, "teacher": 4 * 20 * 4 * 50}
-    slots = 2 * 200  # of both rows, half of their completions written
-    rounds = 200 / 1.5
-    draft = (2e9 + slots * kv["student"]) / 1e12
-    check = (16e9 + slots * kv["teacher"]) / 1e12
-    prefill = 2e9 / 1e12 + 16e9 / 1e12
-    assert alone.rollout == pytest.approx(prefill + rounds * (2 * draft + check))
-    products = 8 * 1e9 * 600 + 2 * 1000 * 2000 * 400
-    assert alone.training == pytest.approx(products / 1e15 + 28e9 / 1e12)
-    assert alone.exchange == 0
-    packed = scaling.cost(student, teacher, 1, scaling.FOUR_BIT, step, device)
-    unpacking = (4.5e9 + 16e9) / 1e12
-    assert packed.rollout == pytest.approx(alone.rollout + (1 + rounds) * unpacking)
-    assert alone.memory - packed.memory == pytest.approx(16e9 - 4.5e9)
-    spread = scaling.cost(student, teacher, 8, scaling.SHARDED, step, device)
-    assert spread.rollout == alone.rollout
-    assert spread.exchange == pytest.approx(7 / 8 * (8e9 + 16e9) / 1e11)
-    # Whole in the rollout all the same, beside the part of it: what the optimizer holds is spread.
-    assert alone.memory - spread.memory == pytest.approx(7 / 8 * 16e9 - 16e9 / 8)
-    layers = scaling.cost(student, teacher, 8, scaling.BY_LAYER, step, device)
-    fetching = 7 / 8 * 16e9 / 1e11  # in every forward
-    assert layers.rollout == pytest.approx(alone.rollout + (1 + rounds) * fetching)
-    assert layers.exchange == pytest.approx(7 / 8 * 8e9 / 1e11)
-    head = 2 * 1000 * 2000
-    whole = 2 * head + (16e9 - 2 * head) / 20
-    assert spread.memory - layers.memory == pytest.approx(16e9 - whole)
-
-
-def test_the_sizes_on_paper_are_those_of_the_models() -> None:
-    """A token's keys and values, against a real cache."""
-    scaling = script("scaling.py")
-    keys = torch.empty(24, 2, 2, 64, dtype=torch.bfloat16)  # layers, keys and values, heads, size
-    assert scaling.PAIRS[0][0].kv == keys.nbytes
