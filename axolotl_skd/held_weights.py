@@ -6,6 +6,7 @@ Kernels of pre-quantised checkpoints (GPTQ, AWQ) keep their packed weights in bu
 from __future__ import annotations
 
 import torch
+from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -29,6 +30,14 @@ def stored_bytes(tensor: torch.Tensor) -> int:
     """
     if isinstance(tensor, DTensor) or not hasattr(tensor, "__tensor_flatten__"):
         # Where DeepSpeed has put a weight elsewhere, an empty one stands for it.
-        return getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
+        packed = getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
+        return packed + _scale_bytes(getattr(tensor, "quant_state", None))
     names, _ = tensor.__tensor_flatten__()
     return sum(stored_bytes(getattr(tensor, name)) for name in names)
+
+
+def _scale_bytes(state: QuantState | None) -> int:
+    """Of the blocks of a 4-bit weight of bitsandbytes, which may be quantised themselves."""
+    if state is None:
+        return 0
+    return state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)

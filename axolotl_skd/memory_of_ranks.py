@@ -69,7 +69,7 @@ def on_each_rank(
     rollout = {**shared, "gathered student": whole}
     training = {
         **shared,
-        "gathered student": _head(student) + _largest_layer(student),
+        "gathered student": _for_loss(student, division.engine) + _largest_layer(student),
         "gradients": predicted.training["gradients"] // division.ranks,
     }
     if teacher is not None and division.teacher:
@@ -79,7 +79,10 @@ def on_each_rank(
             asked = _outside_of_layers(teacher) + _largest_layer(teacher)
         known = shape.source is Source.INTERLEAVED and not shape.reads_data
         rollout |= {"teacher": part, "gathered teacher": asked}
-        training |= {"teacher": part, "gathered teacher": _head(teacher) if known else asked}
+        training |= {
+            "teacher": part,
+            "gathered teacher": _for_loss(teacher, division.engine) if known else asked,
+        }
         if predicted.training["teacher"] == 0:  # it is gone by then
             training |= {"teacher": 0, "gathered teacher": 0}
     return _with(predicted, rollout, training)
@@ -94,8 +97,9 @@ def _with(predicted: Forecast, rollout: Mapping[str, int], training: Mapping[str
     )
 
 
-def _head(lm: CausalLM) -> int:
-    return held_bytes(lm.head_module)
+def _for_loss(lm: CausalLM, engine: Engine) -> int:
+    """The head; FSDP2 gathers all of its group, which is what is outside of the layers."""
+    return _outside_of_layers(lm) if engine is Engine.FSDP_2 else held_bytes(lm.head_module)
 
 
 def _layer_sizes(lm: CausalLM) -> list[int]:

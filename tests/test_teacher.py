@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from axolotl_skd.config_blocks import TeacherConfig
-from axolotl_skd.held_weights import stored_bytes
+from axolotl_skd.held_weights import held_bytes, stored_bytes
 from axolotl_skd.resources import resource_path
 from axolotl_skd.rollout.engine import RolloutEngine
 from axolotl_skd.rollout.lm import CausalLM, UnsupportedModelError, probe, rollout_mode
@@ -487,12 +487,7 @@ def test_the_room_of_a_teacher_is_known_before_it_is_loaded(
     config = teacher_config(tmp_path, **{"dtype": "float32", **keys})
     expected = bytes_to_load(config, read_teacher_config(config))
     teacher = load_teacher(config, CPU)
-    held = sum(map(stored_bytes, teacher.parameters()))
-    for parameter in teacher.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            held += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
-    assert expected == pytest.approx(held, rel=0.02)
+    assert expected == pytest.approx(held_bytes(teacher), rel=0.02)
 
 
 def test_an_adapter_is_no_teacher(tmp_path: Path) -> None:
