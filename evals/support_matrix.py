@@ -1,4 +1,4 @@
-"""Which students train, and how: the tables of the README's "Models" section, from real runs.
+"""Which students train, and how: the tables of the README's "Students" section, from real runs.
 
     python evals/support_matrix.py --write README.md
 
@@ -7,7 +7,8 @@ and a teacher of the same family. It counts as working if
 
 - the first loss is the one that stock forwards over whole rows give (full logits, float64),
 - all losses are finite, and of the trainable weights all tensors that can move have moved,
-- the rollout decoded from a KV cache.
+- the rollout decoded from a KV cache,
+- and what the column names was seen in the run, and nothing of the other columns.
 
 Models that are refused are given as configurations without any weights, so that the refusal must come
 before weights are looked for. `--families` and `--cells` pick some of both.
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import is_compiled_module
+from bitsandbytes.nn import Params4bit
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
@@ -126,6 +128,20 @@ CELLS: dict[str, dict[str, Any]] = {
     "bf16": dict(bf16=True),
     "bf16, fp32 masters": dict(bf16=True, fp32_master_weights=True),
     "compile": dict(torch_compile=True, torch_compile_backend="aot_eager"),
+}
+
+# Column -> what of `seen_of` there has to be.
+SEEN: dict[str, set[str]] = {
+    "full": set(),
+    "tied head": {"a tied head"},
+    "new tokens": {"more tokens"},
+    "LoRA": {"LoRA"},
+    "QLoRA": {"LoRA", "4-bit weights"},
+    "DoRA": {"LoRA", "DoRA"},
+    "checkpointing": {"checkpointing"},
+    "bf16": {"bf16", "16-bit weights"},
+    "bf16, fp32 masters": {"bf16"},
+    "compile": {"compilation"},
 }
 
 # Named refused architectures -> (transformers' name, options).
@@ -260,6 +276,7 @@ class Watch:
         self.losses: list[float] = []
         self.expected: float | None = None
         self.cached = False
+        self.seen: set[str] = set()
 
     def attach(self, trainer: Any) -> None:
         """Called on the assembled trainer."""
@@ -268,7 +285,7 @@ class Watch:
 
         def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if self.expected is None:
-                self.expected = self._reference(inputs)
+                self.expected, self.seen = self._reference(inputs), seen_of(trainer)
             loss = inner(model, inputs, *args, **kwargs)
             self.losses.append(float(loss.detach()))
             return loss
@@ -297,8 +314,15 @@ class Watch:
             count += len(mine)
         return total / count
 
-    def verdict(self, tolerance: float) -> str:
-        """Raises: CellError"""
+    def verdict(self, expected: set[str], tolerance: float) -> str:
+        """
+        Args:
+            expected: to be seen of the run.
+            tolerance: of the first loss.
+
+        Raises:
+            CellError
+        """
         if len(self.losses) != STEPS or not all(
             map(torch.isfinite, map(torch.tensor, self.losses))
         ):
@@ -307,11 +331,8 @@ class Watch:
             raise CellError(
                 f"a loss of {self.losses[0]}, where stock forwards give {self.expected}"
             )
-        compiled = is_compiled_module(self.trainer.model_wrapped)
-        if compiled != bool(self.trainer.args.torch_compile):
-            raise CellError(
-                f"the student was compiled: {compiled}, which was not what was asked for"
-            )
+        if self.seen != expected:
+            raise CellError(f"seen was {self.seen}, asked for {expected}")
         if not self.cached:
             raise CellError("the rollout did not decode from a cache")
         still = [name for name, p in self._trainable() if torch.equal(p, self.before[name])]
@@ -319,6 +340,27 @@ class Watch:
             raise CellError(f"of {len(self.before)} trainable tensors did not move: {still[:5]}")
         views = (self.trainer.distiller.student, self.trainer.distiller.teacher)
         return "yes" if all(type(view) is CausalLM for view in views) else "full logits"
+
+
+def seen_of(trainer: Any) -> set[str]:
+    """What kind of training this is, by the live student and not by its config."""
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    parameters = dict(student.named_parameters())
+    trained = [p for p in parameters.values() if p.requires_grad]
+    head, embeddings = student.get_output_embeddings(), student.get_input_embeddings()
+    as_saved = AutoConfig.from_pretrained(trainer.axolotl_cfg.base_model)
+    is_so = {
+        "a tied head": head.weight is embeddings.weight,
+        "more tokens": len(embeddings.weight) > as_saved.vocab_size,
+        "LoRA": any("lora_A" in name for name in parameters),
+        "DoRA": any("lora_magnitude_vector" in name for name in parameters),
+        "4-bit weights": any(isinstance(p, Params4bit) for p in parameters.values()),
+        "checkpointing": student.is_gradient_checkpointing,
+        "bf16": trainer.accelerator.mixed_precision == "bf16",
+        "16-bit weights": any(p.dtype == torch.bfloat16 for p in trained),
+        "compilation": is_compiled_module(trainer.model_wrapped),
+    }
+    return {what for what, holds in is_so.items() if holds}
 
 
 @torch.no_grad()
@@ -369,9 +411,16 @@ def train(config: dict[str, Any], watch: Watch) -> None:
         axolotl_train(cfg=cfg, dataset_meta=meta)
 
 
-def run_cell(family: Family, cell: str, folder: Path) -> str:
-    """`yes`, `full logits` (works, with more memory), or what went wrong."""
-    keys, tied = dict(CELLS[cell]), cell == "tied head"
+def run_cell(family: Family, cell: str, folder: Path, keys: Mapping[str, Any] | None = None) -> str:
+    """`yes`, `full logits` (works, with more memory), or what went wrong.
+
+    Args:
+        family: of both models.
+        cell: the column.
+        folder: to work in.
+        keys: Axolotl's, default the column's.
+    """
+    keys, tied = dict(CELLS[cell] if keys is None else keys), cell == "tied head"
     student = save_model(family, folder / "student", 1, tied)
     teacher = save_model(family, folder / "teacher", 2, tied, keys.get("tokens", ()))
     save_rows(folder / "train.jsonl")
@@ -381,7 +430,7 @@ def run_cell(family: Family, cell: str, folder: Path) -> str:
     watch = Watch()
     try:
         train(config, watch)
-        return watch.verdict(tolerance=0.05 if "bf16" in keys else 1e-3)
+        return watch.verdict(SEEN[cell], tolerance=0.05 if "bf16" in keys else 1e-3)
     except Exception as error:
         traceback.print_exc()
         return f"no ({type(error).__name__})"

@@ -75,6 +75,26 @@ def test_a_cell_fails_where_the_loss_is_another(
     assert got == "no (CellError)"
 
 
+@pytest.mark.parametrize(
+    ("cell", "without"),
+    [
+        ("checkpointing", "gradient_checkpointing"),
+        ("QLoRA", "load_in_4bit"),
+        ("DoRA", "peft_use_dora"),
+        ("bf16, fp32 masters", "fp32_master_weights"),
+        ("compile", "torch_compile"),
+    ],
+)
+def test_a_cell_fails_where_its_setting_has_no_effect(
+    matrix: ModuleType, tmp_path: Path, cell: str, without: str
+) -> None:
+    keys = {key: value for key, value in matrix.CELLS[cell].items() if key != without}
+    if without == "load_in_4bit":
+        keys["adapter"] = "lora"
+    family = matrix.FAMILIES["llama"]
+    assert matrix.run_cell(family, cell, tmp_path / "run", keys) == "no (CellError)"
+
+
 @pytest.mark.parametrize("name", ["Mamba", "Jamba", "RWKV", "Falcon-H1", "LFM2"])
 def test_a_refusal_comes_before_weights_are_looked_for(
     matrix: ModuleType, tmp_path: Path, name: str
