@@ -24,6 +24,9 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16, 8-bit teacher": {"bf16": True, "teacher": {"load_in_8bit": True}},
     "float32 student, bf16 teacher": {"teacher": {"dtype": "bfloat16"}},
     "teacher on the CPU": {"teacher": {"device": "cpu"}},
+    "offloaded teacher": {"teacher": {"offload": True}},
+    "bf16, float32 masters": {"bf16": True, "masters": True},
+    "fp16, float32 masters": {"fp16": True, "masters": True},
 }
 
 
@@ -33,7 +36,10 @@ def test_two_steps(tmp_path: Path, name: str, method: str) -> None:
     save_model(tmp_path / "student", seed=0, hidden=64, tied=True)
     save_model(tmp_path / "teacher", seed=1, hidden=64, layers=3)
     save_rows(tmp_path / "train.jsonl", 8)
-    config = base_config(tmp_path, method=method, max_steps=2, **PRECISIONS[name])
+    keys = dict(PRECISIONS[name])
+    masters = keys.pop("masters", False)
+    config = base_config(tmp_path, method=method, max_steps=2, **keys)
+    config["distillation"]["fp32_master_weights"] = masters
     trainer = run_training(config, tmp_path / "out")
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)

@@ -44,13 +44,32 @@ def own_base(pair: Path, **keys: Any) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("method", ["skd", "supervised_kd"])
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        ("skd", {}),
+        ("supervised_kd", {}),
+        ("skd", {"peft_use_dora": True}),
+        *(
+            (
+                "supervised_kd",
+                {
+                    "gradient_checkpointing": True,
+                    "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+                },
+            )
+            for reentrant in (True, False)
+        ),
+    ],
+    ids=str,
+)
 def test_the_students_base_teaches_as_a_second_copy_of_it_would(
-    pair: Path, tmp_path: Path, method: str
+    pair: Path, tmp_path: Path, method: str, keys: dict[str, Any]
 ) -> None:
     """Targets and rollouts: the same losses and the same weights in the end."""
-    own = run_training(own_base(pair, method=method), tmp_path / "own", disturb)
-    copy = base_config(pair, method=method, **LORA, teacher={"base_model": str(pair / "student")})
+    own = run_training(own_base(pair, method=method, **keys), tmp_path / "own", disturb)
+    teacher = {"base_model": str(pair / "student")}
+    copy = base_config(pair, method=method, **LORA, **keys, teacher=teacher)
     other = run_training(copy, tmp_path / "copy", disturb)
     assert own.distiller.teacher.model is own.distiller.student.model
     assert losses(own) == losses(other)
