@@ -48,10 +48,10 @@ def test_an_engine_changes_nothing(tmp_path: Path, engine: dict[str, Any], gathe
     plain = base_config(tmp_path, **SGD, method="mixed_skd", max_steps=2)
     block = plain["distillation"]
     spread = {**block, "teacher": {**block["teacher"], "gather": gather}}
-    succeed(
-        1, {"plain": plain, "engine": {**plain, **engine, "distillation": spread}}, tmp_path / "out"
-    )
-    (expected,), (got,) = (results(tmp_path / "out", name, 1) for name in ("plain", "engine"))
+    configs = {"plain": plain, "engine": {**plain, **engine, "distillation": spread}}
+    for name, config in configs.items():  # each in a process of its own: an engine stays with it
+        succeed(1, {name: config}, tmp_path / name)
+    (expected,), (got,) = (results(tmp_path / name, name, 1) for name in configs)
     assert_same_rollouts(expected, [got])
     assert logged(got, "loss") == pytest.approx(logged(expected, "loss"), rel=1e-4)
     assert largest_difference(expected["weights"], got["weights"]) < 1e-4
