@@ -197,6 +197,32 @@ def test_self_distillation_is_allowed_with_a_warning(
     assert not warning_of_same_model(caplog, "one", "org/model")
 
 
+@pytest.mark.parametrize(
+    ("keys", "method", "loss", "warned"),
+    [
+        ({}, "skd", {}, True),
+        ({"lora_model_dir": "trained"}, "skd", {}, False),
+        ({}, "supervised_kd", {"kd_weight": 0.5, "ce_weight": 0.5}, False),
+        ({}, "seqkd", {}, False),
+    ],
+)
+def test_a_fresh_adapter_learns_nothing_from_its_base(
+    caplog: pytest.LogCaptureFixture,
+    keys: dict[str, Any],
+    method: str,
+    loss: dict[str, Any],
+    warned: bool,
+) -> None:
+    block = {"method": method, "teacher": {"student_base": True}, "loss": loss}
+    check_settings(settings(adapter="lora", **keys), Distillation.model_validate(block))
+    assert ("nothing to learn but noise" in " ".join(caplog.text.split())) == warned
+
+
+def test_the_best_of_no_evaluations_is_none() -> None:
+    message = refused(load_best_model_at_end=True, save_steps=5)
+    assert "nothing is evaluated on the way: eval_steps is not set" in message
+
+
 def test_a_teacher_that_is_not_used_is_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
     check_settings(settings(), distillation("sft", teacher="some/student"))
     assert [record.getMessage() for record in caplog.records] == [

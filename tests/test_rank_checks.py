@@ -176,3 +176,14 @@ def test_untested_is_said(
     assert len(caplog.messages) == len(said)
     for message, words in zip(caplog.messages, said, strict=True):
         assert words in message
+
+
+def test_ddp_is_untested_on_gpus(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for ranks, cpu in (("1", False), ("2", True), ("2", False)):
+        assert not caplog.messages
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        monkeypatch.setattr(rank_checks, "on_cpu", lambda cpu=cpu: cpu)
+        warn_of_untested({}, Engine.WHOLE)
+    assert "DDP is untested: it has been run on CPU ranks only" in caplog.messages[0]
