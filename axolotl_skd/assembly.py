@@ -132,8 +132,8 @@ def _teacher_model(
         return student
     # Quantised weights are small, and cannot be cut: they stay whole on every rank.
     if not engine.shards_weights or is_quantised(distillation.teacher):
-        _warn_before_loading(distillation.teacher, trainer.args.device, engine)
         with loaded_whole(trainer.args, engine):
+            _warn_before_loading(distillation.teacher, trainer.args.device, engine)
             return load_teacher(distillation.teacher, trainer.args.device)
     teacher = load_teacher(
         distillation.teacher, None if engine is Engine.ZERO_3 else trainer.args.device
