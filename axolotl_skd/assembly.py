@@ -132,8 +132,8 @@ def _teacher_model(
         return student
     # Quantised weights are small, and cannot be cut: they stay whole on every rank.
     if not engine.shards_weights or is_quantised(distillation.teacher):
+        _warn_before_loading(distillation.teacher, trainer.args.device, engine)
         with loaded_whole(trainer.args, engine):
-            _warn_before_loading(distillation.teacher, trainer.args.device, engine)
             return load_teacher(distillation.teacher, trainer.args.device)
     teacher = load_teacher(
         distillation.teacher, None if engine is Engine.ZERO_3 else trainer.args.device
@@ -148,8 +148,10 @@ def _teacher_model(
 
 
 def _warn_before_loading(config: TeacherConfig, beside: torch.device, engine: Engine) -> None:
+    if config.device_map or engine is Engine.ZERO_3:  # which would spread the empty model, too
+        return
     needed = bytes_to_load(config, read_teacher_config(config))
-    if needed is not None and not config.device_map:
+    if needed is not None:
         device = torch.device(config.device or beside)
         without = taken_of_teacher(config, engine)
         warn_before_loading(needed, device, free_memory(device), without)
